@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first target makes. The only network it needs is the package registry.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Tests share two cores, read no hub, and must not fight over threads.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo test lint types clean
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## make .venv with kvstack and its tools
+
+# The stamp is older than pyproject.toml or constraints.txt when these have changed; then pip runs again.
+# torch comes first and alone, so that no other package can pull in another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "kvstack needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,cli,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## see in a minute what a compressed cache saves
+	$(BIN)/kvstack demo
+
+test: lint types  ## all checks and all tests
+	$(BIN)/pytest -n 2
+
+lint: $(STAMP)  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## static types
+	$(BIN)/mypy
+
+clean:  ## remove what make made, .venv too
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist out
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

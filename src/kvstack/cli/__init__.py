@@ -1,0 +1,1 @@
+"""The `kvstack` command: one command is one module."""

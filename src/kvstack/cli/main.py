@@ -1,0 +1,123 @@
+"""The `kvstack` command: which commands there are, and how their errors reach the user.
+
+A command is a function in a module of its own, named in a table here and imported only when it is called, so that `kvstack --help`
+does not wait for torch. Its annotations are typer's; its docstring is its help; the module's `EXAMPLES`, shell lines, end the help.
+
+A `KVStackError` is printed without a traceback and exits with 2, as bad options do. Any other exception is a bug and keeps its
+traceback. This module knows nothing of what the commands do.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any, ClassVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+from kvstack.errors import KVStackError
+
+# name: where the function is, and the line that `kvstack --help` shows.
+COMMANDS = {
+    "demo": ("kvstack.cli.demo:demo", "See in a minute what a compressed cache saves and what it costs."),
+    "run": ("kvstack.cli.run:run", "Generate text with a compressed cache."),
+    "compare": ("kvstack.cli.compare:compare", "Measure recipes side by side: bytes, quality, speed."),
+    "qjl": ("kvstack.cli.qjl:qjl", "Show why a sign sketch of the residual does not pay."),
+    "doctor": ("kvstack.cli.doctor:doctor", "Say what this machine can do, and why."),
+}
+LAB_COMMANDS = {
+    "train": ("kvstack.cli.lab:train", "Train a reference model from scratch."),
+    "eval": ("kvstack.cli.lab:evaluate", "Judge a model on the synthetic tasks."),
+}
+EXAMPLES = """
+kvstack doctor
+kvstack run bundled --recipe polar4 --prompt "def main():"
+kvstack run --help
+"""
+
+
+def examples(lines: str) -> str:
+    """The part of a help page that shows `lines`."""
+    return "[bold]Examples[/bold]\n\n" + escape("\n".join(f"  {line}" for line in lines.strip().splitlines()))
+
+
+class LazyCommand(TyperCommand):
+    """A command known by its name and one line until `load` imports it."""
+
+    def __init__(self, name: str, target: str, line: str) -> None:
+        super().__init__(name, help=line)
+        self.target = target
+
+    def load(self) -> TyperCommand:
+        """The real command. Raises KVStackError when a package that it needs is not installed."""
+        module_name, _, function = self.target.partition(":")
+        try:
+            module = import_module(module_name)
+        except ModuleNotFoundError as e:
+            if not e.name or e.name.partition(".")[0] == "kvstack":
+                raise
+            remedy = "Install everything with `pip install 'kvstack[hf,cli]'`."
+            raise KVStackError(f"`kvstack {self.name}` needs the package {e.name}. {remedy}") from e
+        only = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        only.command(self.name, epilog=examples(module.EXAMPLES))(getattr(module, function))
+        command = typer.main.get_command(only)
+        assert isinstance(command, TyperCommand)
+        return command
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are those of `table`; it turns a KVStackError into a message and exit code 2."""
+
+    table: ClassVar[Mapping[str, tuple[str, str]]] = COMMANDS
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        lazy = {name: LazyCommand(name, target, line) for name, (target, line) in self.table.items()}
+        self.commands = {**lazy, **self.commands}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that `args` name, and load it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.load() if isinstance(command, LazyCommand) else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KVStackError as e:
+            Console(stderr=True, soft_wrap=True).print(Text.assemble(("Error: ", "bold red"), (str(e), "red")))
+            raise typer.Exit(2) from e
+
+
+class LabGroup(LazyGroup):
+    """`kvstack lab`."""
+
+    table = LAB_COMMANDS
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvstack {version('kvstack')}")
+        raise typer.Exit
+
+
+def _main(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """A KV cache for large language models that is an order of magnitude smaller, in measured bytes."""
+
+
+_OPTIONS: dict[str, Any] = {
+    "add_completion": False,
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "rich",
+}
+app = typer.Typer(cls=LazyGroup, callback=_main, epilog=examples(EXAMPLES), **_OPTIONS)
+app.add_typer(typer.Typer(cls=LabGroup, **_OPTIONS), name="lab", help="Train and judge small reference models of your own.")
+
+if __name__ == "__main__":
+    app()

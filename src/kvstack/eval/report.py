@@ -1,0 +1,103 @@
+"""Compare rows for people: a terminal table, and one plot of quality against bytes as PNG and as a self-contained HTML page."""
+
+import html
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
+    change = f"{row['delta_pct']:+.2f}" if "delta_pct" in row else "-"
+    cells = [
+        row["recipe"], f"{row['bytes_per_token']:,.0f}", f"{row['ratio']:.2f}x",
+        f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "-", change,
+        f"{row['kl']:.2e}" if "kl" in row else "-",
+    ]  # fmt: skip
+    for t in tasks:
+        e = row["tasks"][t]
+        cells.append(f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]")
+    return [*cells, f"{row['tokens_per_s']:.1f}"]
+
+
+def _head(tasks: Sequence[str]) -> list[str]:
+    return ["recipe", "bytes/token", "ratio", "bits/byte", "change %", "KL", *(f"{t} %" for t in tasks), "tokens/s"]
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The compare rows as a terminal table; brackets are 95 % intervals."""
+    tasks = list(rows[0]["tasks"])
+    out = Table(title=title, title_justify="left")
+    for i, name in enumerate(_head(tasks)):
+        out.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        out.add_row(*_cells(row, tasks))
+    return out
+
+
+def figure(rows: Sequence[Row], title: str) -> Any:
+    """Quality against bytes: KL to bf16 (log), change of bits per byte, and mean task accuracy, one point per recipe."""
+    from matplotlib.figure import Figure
+
+    fig: Any = Figure(figsize=(13, 4.6), layout="constrained")
+    panels: list[tuple[str, str, Callable[[Row], float | None]]] = [
+        ("KL to bf16 (nats per token)", "kl", lambda r: r.get("kl") or None),
+        ("bits per byte, change (%)", "delta", lambda r: r.get("delta_pct")),
+        (
+            "mean task accuracy (%)",
+            "tasks",
+            lambda r: 100 * sum(e["accuracy"] for e in r["tasks"].values()) / len(r["tasks"]) if r["tasks"] else None,
+        ),
+    ]
+    names = [r["recipe"] for r in rows]
+    markers = "osD^v<>PX*hp"
+    for i, (label, key, value) in enumerate(panels):
+        ax = fig.add_subplot(1, 3, i + 1)
+        for j, row in enumerate(rows):
+            y = value(row)
+            if y is not None:
+                ax.plot(row["bytes_per_token"], y, markers[j % len(markers)], color=f"C{j % 10}", label=names[j], markersize=8)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        if key == "kl":
+            ax.set_yscale("log")
+        if key == "delta":
+            ax.set_yscale("symlog", linthresh=0.1)
+            ax.axhline(0, color="0.8", zorder=0)
+        ax.set_xlabel("measured bytes per token (all layers)")
+        ax.set_title(label, loc="left", fontsize=11)
+        ax.grid(alpha=0.25)
+    handles, labels = fig.axes[1].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    fig.suptitle(title, x=0.01, ha="left", fontsize=12)
+    return fig
+
+
+def write_plots(rows: Sequence[Row], title: str, stem: Path) -> list[Path]:
+    """Write `stem.png` and `stem.html` (table and picture in one file) and return their paths."""
+    fig = figure(rows, title)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    png, page = stem.with_suffix(".png"), stem.with_suffix(".html")
+    fig.savefig(png, dpi=130)
+    svg = io.StringIO()
+    fig.savefig(svg, format="svg")
+    tasks = list(rows[0]["tasks"])
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in _head(tasks))
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(r, tasks)) + "</tr>" for r in rows)
+    page.write_text(
+        f"""<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>body{{font:15px system-ui,sans-serif;margin:2em;color:#222}} svg{{max-width:100%;height:auto}}
+table{{border-collapse:collapse;margin-top:1.5em}} td,th{{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}}
+td:first-child,th:first-child{{text-align:left;font-family:monospace}}</style>
+<h1>{html.escape(title)}</h1>
+{svg.getvalue()[svg.getvalue().index("<svg") :]}
+<table><tr>{head}</tr>
+{body}
+</table><p>Brackets are 95 % intervals. The ratio is bf16 bytes over measured bytes of the same tokens.</p>""",
+        encoding="utf-8",
+    )
+    return [png, page]

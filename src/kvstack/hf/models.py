@@ -1,0 +1,35 @@
+"""Which transformers models can be cached, and what of them the store must know.
+
+A model is supported when its cache holds keys and values of full-attention layers, turned by RoPE, or of sliding-window layers. Sliding
+layers keep transformers' own cache: their window is short and stays exact. Everything else is refused by name.
+"""
+
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvstack.errors import UnsupportedModelError
+
+REMEDY = "Use a decoder with RoPE and MHA, GQA or MQA attention, such as Llama, Qwen3, Mistral or Gemma."
+
+
+def check(model: Any) -> None:
+    """Raise UnsupportedModelError, saying why, when the keys and values of `model` cannot be cached by kvstack."""
+    config = model.config.get_text_config(decoder=True)
+    kind = config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder model. {REMEDY}")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedModelError(f"{kind} caches latents (MLA), not keys and values. {REMEDY}")
+    if not getattr(config, "rope_parameters", None):
+        raise UnsupportedModelError(f"{kind} has no rotary position embedding (RoPE). {REMEDY}")
+    for i, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModelError(f"Layer {i} of {kind} is cached as {type(layer).__name__}, not as keys and values. {REMEDY}")
+
+
+def head_dim(model: Any) -> int:
+    """Size of a head as the config states it."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

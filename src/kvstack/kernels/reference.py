@@ -1,0 +1,101 @@
+"""Attention over the codes of one tier, in torch: the reference of every kernel.
+
+A tier gives a `Partial`: the attention output over its tokens alone, and the logarithm of the sum of its exponentiated logits. Partials
+of several tiers merge into what one softmax over all their tokens gives. Nothing is decoded to the head's space: the query is moved
+into the codec's latent space, and the mean of latents is moved back once per query.
+
+    q [B, Hq, T, D]    Hq = G * H query heads share H KV heads in groups of G    out [B, Hq, T, D] float32    lse [B, Hq, T] float32
+
+Everything is computed in float32. Which tokens a query sees is the caller's mask; what lies behind the mask may be anything, NaN too.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvstack.codecs.base import Codec, Codes
+
+
+@dataclass(frozen=True)
+class Partial:
+    """out: `[B, Hq, T, D]` float32, zero where nothing is seen. lse: `[B, Hq, T]` float32, -inf where nothing is seen."""
+
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """Codes of K or V of one tier, with the codec that reads them."""
+
+    codec: Codec
+    codes: Codes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """scale: factor on the logits. softcap: logits become softcap * tanh(logits / softcap)."""
+
+    scale: float
+    softcap: float | None = None
+
+
+def attend(q: Tensor, key: Side, value: Side, mask: Tensor | None, shape: Shape) -> Partial:
+    """Attention of `q [B, Hq, T, D]` over one tier of N tokens.
+
+    mask: `[B, T, N]` bool (B and T may be 1), true where the query sees the token; None: it sees all.
+    """
+    b, hq, t, _ = q.shape
+    k = key.codec.latent(key.codes)  # [B, H, N, Dl]
+    v = value.codec.latent(value.codes)
+    h, n = k.shape[1], k.shape[2]
+    grouped = q.float().reshape(b, h, -1, q.shape[-1])  # [B, H, G * T, D]
+    if mask is not None:
+        seen = mask.any(-2)[:, None, :, None]
+        k, v = k.masked_fill(~seen, 0), v.masked_fill(~seen, 0)
+    logits = key.codec.project(grouped) @ k.transpose(-1, -2)
+    if key.codec.centre is not None:
+        logits = logits + (grouped * key.codec.centre[:, None]).sum(-1, keepdim=True)
+    logits = (logits * shape.scale).reshape(b, hq, t, n)
+    if shape.softcap is not None:
+        logits = shape.softcap * torch.tanh(logits / shape.softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None], -math.inf)
+    top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1)  # [B, Hq, T]
+    mean = (weights.reshape(b, h, -1, n) @ v) / total.reshape(b, h, -1, 1).clamp_min(1e-30)
+    out = value.codec.unproject(mean).reshape(b, hq, t, -1)
+    return Partial(out.masked_fill(total[..., None] == 0, 0), top[..., 0] + total.log())
+
+
+def attend_first(q: Tensor, key: Side, value: Side, shape: Shape) -> Tensor:
+    """Causal attention of the first chunk over itself, `[B, Hq, T, D]` in the type of `q [B, Hq, T, D]`, without logits in memory.
+
+    The same as `attend` with a causal mask, for codes that stand for the vectors themselves (no transform, no centre).
+    """
+    assert key.codec.transform is None and value.codec.transform is None and shape.softcap is None
+    k, v = key.codec.latent(key.codes).to(q.dtype), value.codec.latent(value.codes).to(q.dtype)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale)
+
+
+def merge(partials: Sequence[Partial], sink: Tensor | None = None) -> Partial:
+    """What one softmax over the tokens of all partials gives.
+
+    sink: one extra logit per query head `[Hq]` that takes weight and gives nothing (the learned sinks of gpt-oss).
+    """
+    lse = torch.stack([p.lse for p in partials])
+    total = lse.logsumexp(0)
+    if sink is not None:
+        total = torch.logaddexp(total, sink.float()[None, :, None])
+    # Where nothing is seen at all both are -inf, and the weights are zero rather than NaN.
+    weights = (lse - total.clamp_min(torch.finfo(torch.float32).min)).exp()
+    out = sum((w[..., None] * p.out for w, p in zip(weights, partials, strict=True)), torch.zeros_like(partials[0].out))
+    return Partial(out, total)
