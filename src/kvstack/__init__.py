@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from kvstack.errors import ArtefactError, BadInputError, KVStackError, RecipeError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from kvstack.calibrate import calibrate
     from kvstack.hf import Cache
     from kvstack.profile import Profile
     from kvstack.recipe import Recipe
@@ -23,11 +22,10 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "UnsupportedModelError",
-    "calibrate",
 ]
 
 # Imported on first use, so that `import kvstack` and `kvstack --help` do not wait for torch and transformers.
-_LAZY = {"Cache": "kvstack.hf", "Profile": "kvstack.profile", "Recipe": "kvstack.recipe", "calibrate": "kvstack.calibrate"}
+_LAZY = {"Cache": "kvstack.hf", "Profile": "kvstack.profile", "Recipe": "kvstack.recipe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The rotation: orthonormal, block-diagonal where it must be, seeded, shared."""
+"""The rotation: orthonormal, dense, seeded, shared."""
 
 import pytest
 import torch
@@ -8,26 +8,23 @@ from kvstack.codecs.rotation import rotation
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("head_dim", "block"), [(8, 8), (64, 64), (80, 16), (96, 32), (128, 128), (192, 64), (256, 256)])
-def test_orthonormal_and_block_diagonal(head_dim: int, block: int) -> None:
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 192, 256])
+def test_orthonormal_and_every_input_reaches_every_output(head_dim: int) -> None:
     r = rotation(head_dim, 3, CPU)
     assert r.dtype == torch.float32
-    assert torch.allclose(r @ r.T, torch.eye(head_dim), atol=1e-6)
-    tiles = r.unflatten(0, (-1, block)).unflatten(-1, (-1, block))  # [n, block, n, block]
-    for i in range(head_dim // block):
-        for j in range(head_dim // block):
-            size = block**-0.5 if i == j else 0.0
-            assert torch.allclose(tiles[i, :, j].abs(), torch.full((block, block), size))
+    assert torch.allclose(r @ r.T, torch.eye(head_dim), atol=2e-6)
+    size = r.abs() * head_dim**0.5
+    if head_dim & (head_dim - 1) == 0:
+        assert torch.allclose(size, torch.ones_like(size))
+    assert size.min() > 0.2 and size.max() < 1.42
 
 
-def test_signs_are_seeded_and_of_each_block() -> None:
+def test_signs_are_seeded() -> None:
     plain = rotation(192, None, CPU)
-    assert torch.equal(plain[::64].sum(0) > 0, torch.ones(192, dtype=torch.bool))  # first rows of H are all +
     signs = [(rotation(192, seed, CPU) * plain).sum(0).sign() for seed in (0, 1)]
-    assert torch.equal(rotation(192, 0, CPU), plain * signs[0])
+    assert torch.allclose(rotation(192, 0, CPU), plain * signs[0])
     for s in signs:
         assert 60 < (s > 0).sum() < 132  # 96 +- 5 standard deviations
-        assert not torch.equal(s[:64], s[64:128])
     assert not torch.equal(*signs)
 
 

@@ -43,6 +43,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the task samples.")] = 0,
     profile: Annotated[Path | None, typer.Option(help="A calibrated profile of this model; bundled models bring theirs.")] = None,
     ratio_at: Annotated[str, typer.Option(help="Lengths at which the ratio is measured too, e.g. 4096, 65536.")] = "",
+    against: Annotated[str | None, typer.Option(help="One of the recipes, to which the others' paired differences are given.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: this path with .png and .html.")] = None,
 ) -> None:
@@ -50,9 +51,12 @@ def compare(
     stacks = [Recipe.parse(r) for r in split(recipes)]
     cfg = SuiteConfig(length, text_sequences, samples, tuple(split(tasks)), batch, seed)
     lengths = [_number(n) for n in split(ratio_at)]
+    rival = None if against is None else str(Recipe.parse(against))
+    if rival not in (None, runner.REFERENCE, *map(str, stacks)):
+        raise BadInputError(f"--against {against} is none of the recipes. Name one that is measured.")
     lm, tokenizer = load(model)
     calibrated = Profile.load(profile) if profile else load_profile(model)
-    rows = measure(lm, tokenizer, stacks, cfg, read_text(text), calibrated, lengths)
+    rows = measure(lm, tokenizer, stacks, cfg, read_text(text), calibrated, lengths, rival)
     show(rows, f"{model}, {length} tokens", json_out, plot)
 
 
@@ -64,6 +68,7 @@ def measure(
     text: str,
     profile: Profile | None,
     ratio_at: Sequence[int] = (),
+    against: str | None = None,
 ) -> list[report.Row]:
     """The compare rows, with a progress bar on standard error."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
@@ -73,7 +78,7 @@ def measure(
             model, tokenizer, recipes, cfg, text,
             profile=profile, progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-        rows = runner.rows(scores, cfg)
+        rows = runner.rows(scores, cfg, against)
         for row in rows if ratio_at else ():
             row["ratios"] = {str(n): runner.ratio_of_random(model, Recipe.parse(row["recipe"]), n, profile) for n in ratio_at}
     return rows
@@ -81,10 +86,10 @@ def measure(
 
 def show(rows: Sequence[report.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
     """Print the table, and write the results file and the plots that were asked for."""
-    console = Console()
-    table = report.table(rows, title)
-    # A table that is cut in a pipe or a narrow window helps nobody.
-    console.print(table, width=max(console.width, console.measure(table).maximum), soft_wrap=True)
+    console, table = Console(), report.table(rows, title)
+    # A table that is cut in a pipe or a narrow window helps nobody: let it be as wide as it is.
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(width, console.width)).print(table)
     if json_out:
         json_out.parent.mkdir(parents=True, exist_ok=True)
         write_results(json_out, command_line(), rows)

@@ -11,31 +11,26 @@ from rich.table import Table
 Row = dict[str, Any]
 
 
-def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
-    change = f"{row['delta_pct']:+.2f}" if "delta_pct" in row else "-"
-    cells = [
-        row["recipe"], f"{row['bytes_per_token']:,.0f}", f"{row['ratio']:.2f}x",
-        f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "-", change,
-        f"{row['kl']:.2e}" if "kl" in row else "-",
-    ]  # fmt: skip
-    for t in tasks:
-        e = row["tasks"][t]
-        cells.append(f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]")
-    return [*cells, f"{row['tokens_per_s']:.1f}"]
-
-
-def _head(tasks: Sequence[str]) -> list[str]:
-    return ["recipe", "bytes/token", "ratio", "bits/byte", "change %", "KL", *(f"{t} %" for t in tasks), "tokens/s"]
+def _cells(row: Row) -> dict[str, str]:
+    """What is shown of a row, by the heads of the columns; brackets are 95 % intervals."""
+    cells = {"recipe": row["recipe"], "bytes/token": f"{row['bytes_per_token']:,.0f}", "ratio": f"{row['ratio']:.2f}x"}
+    if "kl" in row:
+        cells |= {"bits/byte": f"{row['bits_per_byte']:.4f}", "change %": f"{row['delta_pct']:+.2f}", "KL": f"{row['kl']:.2e}"}
+    if "against" in row:
+        e = row["against"]["kl"]
+        cells[f"KL - that of {row['against']['recipe']}"] = f"{e['mean']:+.1e} [{e['low']:+.1e}, {e['high']:+.1e}]"
+    for name, e in row["tasks"].items():
+        cells[f"{name} %"] = f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
+    return cells | {"tokens/s": f"{row['tokens_per_s']:.1f}"}
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """The compare rows as a terminal table; brackets are 95 % intervals."""
-    tasks = list(rows[0]["tasks"])
     out = Table(title=title, title_justify="left")
-    for i, name in enumerate(_head(tasks)):
-        out.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for i, name in enumerate(_cells(rows[0])):
+        out.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        out.add_row(*_cells(row, tasks))
+        out.add_row(*_cells(row).values())
     return out
 
 
@@ -71,8 +66,9 @@ def figure(rows: Sequence[Row], title: str) -> Any:
         ax.set_xlabel("measured bytes per token (all layers)")
         ax.set_title(label, loc="left", fontsize=11)
         ax.grid(alpha=0.25)
-    handles, labels = fig.axes[1].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    # A run may be without text or without tasks, and bf16 has no KL: the last panel with points has all of them, in order.
+    handles = {label: handle for ax in reversed(fig.axes) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     fig.suptitle(title, x=0.01, ha="left", fontsize=12)
     return fig
 
@@ -85,9 +81,8 @@ def write_plots(rows: Sequence[Row], title: str, stem: Path) -> list[Path]:
     fig.savefig(png, dpi=130)
     svg = io.StringIO()
     fig.savefig(svg, format="svg")
-    tasks = list(rows[0]["tasks"])
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in _head(tasks))
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(r, tasks)) + "</tr>" for r in rows)
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in _cells(rows[0]))
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(r).values()) + "</tr>" for r in rows)
     page.write_text(
         f"""<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>body{{font:15px system-ui,sans-serif;margin:2em;color:#222}} svg{{max-width:100%;height:auto}}

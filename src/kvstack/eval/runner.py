@@ -152,8 +152,11 @@ def evaluate(
     return scores
 
 
-def rows(scores: dict[str, Scores], cfg: SuiteConfig) -> list[dict[str, Any]]:
-    """One JSON row per recipe: the compare row of the results files."""
+def rows(scores: dict[str, Scores], cfg: SuiteConfig, against: str | None = None) -> list[dict[str, Any]]:
+    """One JSON row per recipe: the compare row of the results files.
+
+    against: a recipe that was measured too; each row gets the paired differences to it in `against`. `sequences` are the raw values.
+    """
     reference = scores[REFERENCE]
     out = []
     for name, s in scores.items():
@@ -163,16 +166,25 @@ def rows(scores: dict[str, Scores], cfg: SuiteConfig) -> list[dict[str, Any]]:
         }  # fmt: skip
         if s.nats:
             bits = metrics.ratio_of_sums([v / math.log(2) for v in s.nats], s.nbytes)
-            change = metrics.ratio_of_sums([a - b for a, b in zip(s.nats, reference.nats, strict=True)], reference.nats)
-            kl = metrics.mean(s.kl)
+            change, kl = _change(s, reference), metrics.mean(s.kl)
             row |= {
-                "bits_per_byte": bits.mean, "delta_pct": 100 * change.mean,
-                "delta_pct_low": 100 * change.low, "delta_pct_high": 100 * change.high,
+                "bits_per_byte": bits.mean, "delta_pct": change.mean, "delta_pct_low": change.low, "delta_pct_high": change.high,
                 "kl": kl.mean, "kl_low": kl.low, "kl_high": kl.high, "text_sequences": kl.n,
+                "sequences": {"nats": s.nats, "bytes": s.nbytes, "kl": s.kl},
             }  # fmt: skip
+            if against is not None:
+                other = scores[against]
+                pairs = {"delta_pct": _change(s, other), "kl": metrics.paired(s.kl, other.kl)}
+                row["against"] = {"recipe": against} | {k: {"mean": e.mean, "low": e.low, "high": e.high} for k, e in pairs.items()}
         row["tasks"] = {}
         for task, values in s.tasks.items():
             e = metrics.proportion(values)
             row["tasks"][task] = {"accuracy": e.mean, "low": e.low, "high": e.high, "n": e.n}
         out.append(row)
     return out
+
+
+def _change(s: Scores, other: Scores) -> metrics.Estimate:
+    """Change of the bits of `s` against those of `other`, per cent, over the same sequences."""
+    e = metrics.ratio_of_sums([a - b for a, b in zip(s.nats, other.nats, strict=True)], other.nats)
+    return metrics.Estimate(100 * e.mean, 100 * e.low, 100 * e.high, e.n)

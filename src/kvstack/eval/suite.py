@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvstack.errors import BadInputError
 from kvstack.lab.registry import bundled_model
-from kvstack.lab.tasks import TASKS, Sample, make
+from kvstack.lab.tasks import QUOTED, TASKS, Sample, make
 from kvstack.lab.tokenizer import VOCABULARY, Words, load_tokenizer
 
 
@@ -92,6 +92,8 @@ def task_batches(tokenizer: Any, text: str, cfg: SuiteConfig) -> list[Batch]:
     lab = load_tokenizer(bundled_model())
     native = len(tokenizer) == VOCABULARY and tokenizer.get_vocab() == lab.get_vocab()
     words, quotes = Words(lab), lab.encode(text[:400_000], add_special_tokens=False)
+    if "quote" in cfg.tasks and len(quotes) <= QUOTED:
+        raise BadInputError(f"The text has {len(quotes)} tokens, too few to quote. Give a longer text, or leave out the task quote.")
     out = []
     for name in cfg.tasks:
         rng = Random(f"{cfg.seed}/{name}/{cfg.length}")

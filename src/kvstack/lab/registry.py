@@ -26,7 +26,7 @@ def bundled_model() -> Path:
 
 def folder(name: str) -> Path:
     """The folder that `bundled`, or the path of a folder, stands for."""
-    return bundled_model() if name == "bundled" else Path(name)
+    return bundled_model() if name == "bundled" else Path(name).expanduser()
 
 
 def load_profile(name: str) -> Profile | None:
@@ -44,8 +44,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = folder(name)
-    where: str | Path = local if name == "bundled" else name
     looks_like_path = name.startswith((".", "/", "~")) or local.exists()
+    where: str | Path = local if looks_like_path else name
     if looks_like_path and not (local / "config.json").is_file():
         raise BadInputError(f"{name} is not a model folder: it has no config.json. Give a folder, a hub name, or `bundled`.")
     dtype = dtype or (torch.float32 if name == "bundled" else None)
@@ -53,6 +53,6 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", local_files_only=looks_like_path)
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=looks_like_path)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a kind of model that transformers does not know
         raise BadInputError(f"Could not load {name}: {str(e).splitlines()[0]} Give a folder, a hub name, or `bundled`.") from e
     return model.to(device).eval(), tokenizer

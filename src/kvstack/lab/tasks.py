@@ -131,7 +131,7 @@ def modular(w: Words, rng: Random, length: int, labels: int | None = None) -> Sa
     steps = max(n + 2, (length - 8 * 8 - 10) // 5)
     early = set(rng.sample(range(max(n, steps // 4)), n))  # results are kept in the first quarter only
     for step in range(steps):
-        if len(s.tokens) + 10 + 7 * 8 > length:
+        if len(s.tokens) + 5 + 8 * 8 + 3 > length:  # this step, the questions, and what frames them
             break
         if step in early and len(kept) < n:
             name = names[len(kept)]

@@ -1,7 +1,7 @@
 """Real text that exists on every machine with Python: sources of the standard library and of installed packages.
 
 `held_out_text` is what models are judged on: standard-library modules fixed by name. `training_text` is everything else that is
-found, and skips any file that has the base name of a held-out module, wherever it stands, so that vendored copies do not leak.
+found, and skips any file that has the name of a held-out module, or is in a folder of that name, so that vendored copies do not leak.
 The text differs a little between Python versions, which is why every result that uses it carries `digest(text)`.
 It is not a corpus for training models for use.
 """
@@ -68,7 +68,8 @@ def _files() -> Iterator[Path]:
     for i, root in enumerate(roots):
         for path in sorted(root.rglob("*.py")):
             inside_packages = i == 0 and "site-packages" in path.parts
-            if path.stem not in skip and not inside_packages:
+            names = {path.stem, *path.parent.relative_to(root).parts}
+            if not names & skip and not inside_packages:
                 yield path
 
 

@@ -47,8 +47,9 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     def stream() -> Iterator[str]:
         yield from texts
         for word in task_words():
-            # Any separator that is a pre-token of its own keeps the copies apart.
-            yield from ((word + "\x00") * 100 for _ in range(often // 100 + 1))
+            # A newline is a pre-token of its own, so it keeps the copies apart; as a single byte it is a token already.
+            if word != "\n":
+                yield from ((word + "\n") * 100 for _ in range(often // 100 + 1))
 
     tok.train_from_iterator(stream(), trainer)
     fast = PreTrainedTokenizerFast(

@@ -113,8 +113,8 @@ def train_model(
 ) -> Qwen3ForCausalLM:
     """Train for `cfg.minutes` and write the model folder `out`.
 
-    tokenizer: folder of a tokenizer to use instead of training one. resume: the folder of a model to continue from, with fresh
-    optimizers and schedule. report: called every few seconds with step, progress, length, loss, answers, tokens.
+    tokenizer: folder of a tokenizer to use instead of training one. resume: the folder of a model to continue from, with its
+    tokenizer, and fresh optimizers and schedule. report: called every few seconds with step, progress, length, loss, answers, tokens.
     """
     if resume is not None and not (resume / "training.json").is_file():
         raise BadInputError(f"{resume} is not the folder of a lab model. Leave --resume away to start from scratch.")
@@ -122,7 +122,8 @@ def train_model(
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = training_text(cfg.text_bytes)
-    tok = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(texts)
+    known = resume or tokenizer
+    tok = load_tokenizer(known) if known else train_tokenizer(texts)
     ids = tok.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     text = np.concatenate([np.asarray(e.ids, np.uint16) for e in ids])
     state: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0, "curve": []}
