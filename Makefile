@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test lint types clean
+.PHONY: help install demo test results lint types clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ demo: $(STAMP)  ## see in a minute what a compressed cache saves
 
 test: lint types  ## all checks and all tests
 	$(BIN)/pytest -n 2
+
+results: $(STAMP)  ## make docs/results.md from results/*.json
+	$(BIN)/python -m kvstack.eval.report results/*.json > docs/results.md
 
 lint: $(STAMP)  ## style
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from kvstack.lab.text import held_out_text
 
 torch.set_num_threads(1)
 
+CONTEXT = Context(qjl.D, 1, torch.float32, torch.device("cpu"))
 SKETCHES = ("turboquant", "turboquant, orthogonal")
 small_inner = partial(qjl.inner, vectors=1024, queries=512)
 small_softmax = partial(qjl.softmax, tokens=1024, keys=4096, queries=32)
@@ -81,7 +82,7 @@ def test_a_needle_keeps_what_theory_says(softmax: dict[tuple[str, int], qjl.Row]
 
 
 def test_softmax_without_an_error_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qjl, "_codec", lambda *_: Exact().build("key", Context(qjl.D, 1, torch.float32, torch.device("cpu"))))
+    monkeypatch.setattr(qjl, "_codec", lambda *_: Exact().build("key", CONTEXT))
     for row in qjl.softmax(2, tokens=64, keys=128, queries=4):
         assert row["kl"] == pytest.approx(0, abs=1e-6) and row["needle"] == pytest.approx(1, abs=1e-5)
 
@@ -106,6 +107,8 @@ def test_the_sketch_of_keys_runs_in_a_model(monkeypatch: pytest.MonkeyPatch) -> 
     _, polar, _, keys, turboquant = rows[:5]
     assert polar["kl"] < keys["kl"] < turboquant["kl"]
     assert polar["bytes_per_token"] < keys["bytes_per_token"]
+    names = [[f.name for f in qjl.SketchOfKeys(2).build(side, CONTEXT).fields] for side in ("key", "value")]
+    assert names == [["codes", "scale", "signs", "norm"], ["codes", "scale"]]
 
 
 def test_figure_has_a_panel_for_each_measurement(

@@ -175,6 +175,12 @@ def test_length_and_items(name: str, options: dict[str, Any], length: int) -> No
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_no_length_is_exceeded_by_a_token(name: str) -> None:
+    for length in (*range(128, 160), *range(512, 544)):
+        assert all(len(sample(name, length, seed).tokens) <= length for seed in range(5))
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_a_seed_names_a_sample(name: str) -> None:
     assert sample(name, 512, 5) == sample(name, 512, 5)
     assert sample(name, 512, 5).tokens != sample(name, 512, 6).tokens

@@ -2,9 +2,9 @@
 
     R = H . diag(signs)        rotated: y = x @ R^T        back: x = y @ R
 
-H is the Sylvester-Hadamard matrix divided by sqrt(D). Where D is no power of two (80, 96, 192), H is the Kronecker product of the Hartley
-matrix of the odd part (5, 3, 3), cos + sin of 2 pi i j / m over sqrt(m), with the Hadamard matrix of the rest: orthonormal, and every
-input reaches every output. The block-diagonal matrix that others use leaves what lives in one block there, at up to 17 times the
+H is the Sylvester-Hadamard matrix divided by sqrt(D). Where D is no power of two (80, 96, 192), H is the Kronecker product of the
+Hartley matrix of the odd part (5, 3, 3), cos + sin of 2 pi i j / m over sqrt(m), with the Hadamard matrix of the rest: orthonormal, and
+every input reaches every output. The block-diagonal matrix that others use leaves what lives in one block there, at up to 17 times the
 distortion (D = 80, 5 bits).
 
 The signs are free and matter: a family of vectors along one row of H would be turned into spikes without them. They are raw

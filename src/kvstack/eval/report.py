@@ -2,6 +2,9 @@
 
 import html
 import io
+import json
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,20 +51,22 @@ def figure(rows: Sequence[Row], title: str) -> Any:
             lambda r: 100 * sum(e["accuracy"] for e in r["tasks"].values()) / len(r["tasks"]) if r["tasks"] else None,
         ),
     ]
-    names = [r["recipe"] for r in rows]
-    markers = "osD^v<>PX*hp"
+    families = [_family(r["recipe"]) for r in rows]
     for i, (label, key, value) in enumerate(panels):
         ax = fig.add_subplot(1, 3, i + 1)
         for j, row in enumerate(rows):
             y = value(row)
             if y is not None:
-                ax.plot(row["bytes_per_token"], y, markers[j % len(markers)], color=f"C{j % 10}", label=names[j], markersize=8)
+                colour = list(dict.fromkeys(families)).index(families[j])
+                marker = "osD^v<>PX*hpd"[families[:j].count(families[j]) % 13]
+                ax.plot(row["bytes_per_token"], y, marker, color=f"C{colour % 10}", label=row["recipe"], markersize=8)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         if key == "kl":
             ax.set_yscale("log")
         if key == "delta":
             ax.set_yscale("symlog", linthresh=0.1)
+            ax.set_ylim(bottom=min(-0.05, *(1.2 * (r.get("delta_pct") or 0) for r in rows)))
             ax.axhline(0, color="0.8", zorder=0)
         ax.set_xlabel("measured bytes per token (all layers)")
         ax.set_title(label, loc="left", fontsize=11)
@@ -71,6 +76,12 @@ def figure(rows: Sequence[Row], title: str) -> Any:
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     fig.suptitle(title, x=0.01, ha="left", fontsize=12)
     return fig
+
+
+def _family(recipe: str) -> str:
+    """Recipes of one family have one colour: the word without its bits."""
+    word = re.sub(r"\d", "", recipe.partition("(")[0])
+    return "polar" if word == "kv" else word
 
 
 def write_plots(rows: Sequence[Row], title: str, stem: Path) -> list[Path]:
@@ -96,3 +107,24 @@ td:first-child,th:first-child{{text-align:left;font-family:monospace}}</style>
         encoding="utf-8",
     )
     return [png, page]
+
+
+def markdown(files: Sequence[Path]) -> str:
+    """The compare rows of results files as one page of tables, each with its command and machine."""
+    parts = ["# Results\n\nMade from `results/*.json` by `make results`; brackets are 95 % intervals."]
+    for path in files:
+        found = json.loads(path.read_text("utf-8"))
+        rows = [row for row in found["rows"] if "bytes_per_token" in row]
+        if not rows:
+            continue
+        env = found["environment"]
+        machine = f"{env['gpu']['name'] if env['gpu'] else env['cpu']}, torch {env['torch']}, {env['date'][:10]}"
+        cells = [{"tokens": f"{row['tokens']:,}", **_cells(row)} for row in rows]
+        lines = [list(cells[0]), ["---"] * len(cells[0]), *(list(c.values()) for c in cells)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"## {path.stem}\n\n{machine}\n\n```\n{found['command']}\n```\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown([Path(name) for name in sys.argv[1:]]), end="")

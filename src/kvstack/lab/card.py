@@ -49,6 +49,7 @@ def _text(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         width=128,
         subsequent_indent="  ",
     )
+    note = textwrap.fill(f"* Note: {facts['note']}", width=128, subsequent_indent="  ") + "\n" if "note" in facts else ""
     return f"""# {name}
 
 A decoder of {facts["parameters"]:,} parameters for measuring what KV-cache compression does to text and to long-context tasks. It is a
@@ -62,7 +63,7 @@ laboratory model: it knows Python sources and five synthetic tasks, and nothing 
 * Training: {facts["steps"]:,} steps, {facts["tokens"] / 1e6:,.0f} M tokens, {facts["seconds"] / 60:.1f} minutes on one GPU,
   seed {cfg["seed"]}; Muon for the matrices, AdamW for the rest. All settings and the curve are in
   `training.json`; `kvstack lab train` repeats it.
-
+{note}
 ![curve](curve.png)
 
 ## Accuracy with a full cache

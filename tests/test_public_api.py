@@ -1,0 +1,73 @@
+"""The public names and the options of the commands: changing one is a decision, not an accident."""
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+import kvstack
+from kvstack.cli.main import COMMANDS, LAB_COMMANDS
+from kvstack.recipe import PRESETS, WORDS, Recipe
+
+NAMES = {"ArtefactError", "BadInputError", "Cache", "KVStackError", "Profile", "Recipe", "RecipeError", "UnsupportedModelError"}
+SIGNATURES = {
+    "Cache": ["model", "recipe", "profile", "prefill"],
+    "Profile": ["key_centre", "value_centre", "fingerprint", "source", "tokens"],
+    "Recipe": ["precision", "window", "sinks"],
+}
+CACHE = {"bf16_nbytes", "load", "nbytes", "ratio", "report", "save"}
+OPTIONS = {
+    "demo": ["out"],
+    "run": ["model", "prompt", "recipe", "max_new_tokens", "temperature", "profile", "save_cache", "as_json"],
+    "compare": [
+        "model", "recipes", "tasks", "length", "text", "text_sequences", "samples", "batch", "seed", "profile", "ratio_at", "against",
+        "json_out", "plot",
+    ],
+    "qjl": ["model", "length", "text_sequences", "task_samples", "seeds", "out", "no_model", "as_json"],
+    "doctor": ["as_json"],
+    "train": ["out", "small_model", "minutes", "seed", "muon_lr", "adam_lr", "resume"],
+    "eval": ["model", "lengths", "samples", "text_sequences", "json_out", "card"],
+}  # fmt: skip
+WORDS_AND_FIELDS = {
+    "bf16": ["dtype"], "fp16": ["dtype"], "exact": ["dtype"], "fp8": [],
+    "polar#": ["k", "v", "scale", "codebook", "search", "centre", "seed"],
+    "k#v#": ["k", "v", "scale", "codebook", "search", "centre", "seed"],
+    "polar": ["k", "v", "scale", "codebook", "search", "centre", "seed"],
+    "int#": ["bits"], "int": ["bits"], "kivi#": ["bits", "group"], "kivi": ["bits", "group"],
+    "turboquant#": ["bits", "sketch", "seed"], "turboquant": ["bits", "sketch", "seed"], "turboquant_4bit_nc": [],
+}  # fmt: skip
+
+
+def parameters(f: Any) -> list[str]:
+    return [name for name in inspect.signature(f).parameters if name != "self"]
+
+
+def test_names() -> None:
+    assert set(kvstack.__all__) == NAMES
+    for name in NAMES:
+        assert getattr(kvstack, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'Cash'"):
+        _ = kvstack.Cash
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    assert parameters(getattr(kvstack, name)) == SIGNATURES[name]
+
+
+def test_what_a_cache_can_do_beyond_transformers() -> None:
+    own = {name for name in vars(kvstack.Cache) if not name.startswith("_")}
+    assert own == CACHE
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *LAB_COMMANDS])
+def test_options(name: str) -> None:
+    module, _, function = {**COMMANDS, **LAB_COMMANDS}[name][0].partition(":")
+    assert parameters(getattr(import_module(module), function)) == OPTIONS[name]
+
+
+def test_words_of_recipes() -> None:
+    assert {word: parameters(row.build) for word, row in WORDS.items()} == WORDS_AND_FIELDS
+    assert set(PRESETS) == {"balanced", "max_quality", "max_context"}
+    assert str(Recipe.parse("balanced")) == "polar4(window=128, sinks=4)"
