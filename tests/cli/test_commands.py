@@ -75,7 +75,7 @@ def test_run_refuses_what_is_no_model(tmp_path: Path) -> None:
 def test_compare_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["kvstack", "compare", "bundled", "--recipes", "polar4, int4"])
     json_out, plot = tmp_path / "new" / "c.json", tmp_path / "new" / "c"
-    recipes = "polar2, polar4(window=8, sinks=2), polar3(centre=on)"
+    recipes = "polar2, polar4(window=8, sinks=2), bf16, polar3(centre=on), polar2"
     result = invoke(
         "compare", "bundled", *SMALL, "--recipes", recipes, "--against", "polar2", "--ratio-at", "512", "--json", str(json_out),
         "--plot", str(plot),
@@ -103,6 +103,8 @@ def test_compare_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--recipes", "polar4", "--length", "8192"], "context of 4096"),
         (["--recipes", "polar4", "--text", "none.txt"], "cannot be read"),
         (["--recipes", "polar4", "--ratio-at", "4k"], "'4k' is no number"),
+        (["--recipes", "polar4", "--text-sequences", "1"], "has no interval"),
+        (["--recipes", "polar4", "--text-sequences", "0", "--tasks", ""], "nothing to measure"),
         (["--recipes", "polar4", "--against", "int4"], "none of the recipes"),
         (["--recipes", "kivi2(group=48)"], "does not divide the head size 128"),
     ],

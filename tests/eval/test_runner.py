@@ -112,7 +112,7 @@ def test_accuracy_is_counted_by_whole_answers(lab: tuple[Any, Any], run: dict[st
 def test_an_untrained_model_knows_no_answer(lab: tuple[Any, Any]) -> None:
     torch.manual_seed(0)
     model = type(lab[0])(lab[0].config).eval()
-    scores = evaluate(model, lab[1], [], SuiteConfig(length=128, text_sequences=1, task_samples=2), TEXT)[REFERENCE]
+    scores = evaluate(model, lab[1], [], SuiteConfig(length=128, text_sequences=2, task_samples=2), TEXT)[REFERENCE]
     assert max(max(v) for v in scores.tasks.values()) < 0.2
     assert scores.nats[0] / 127 == pytest.approx(math.log(4096), rel=0.1), "nor a word"
 

@@ -127,8 +127,11 @@ def evaluate(
 ) -> dict[str, Scores]:
     """Scores of each recipe by its name; bf16 is put in front if it is not there."""
     check_length(model, cfg.length)
-    reference = Recipe.parse(REFERENCE)
-    every = [reference, *(r for r in recipes if r != reference)]
+    if cfg.text_sequences == 1:
+        raise BadInputError("One window of text has no interval. Ask for two or more, or for none.")
+    if not (cfg.text_sequences or cfg.tasks):
+        raise BadInputError("There is nothing to measure. Ask for windows of text or for a task.")
+    every = list(dict.fromkeys([Recipe.parse(REFERENCE), *recipes]))
     for recipe in every:
         Cache(model, recipe, profile=profile)  # one that does not fit is refused before the long work
     batches = text_batches(tokenizer, text, cfg) + task_batches(tokenizer, text, cfg)
@@ -143,7 +146,8 @@ def evaluate(
             _score(batch, logits, truth, scores[str(recipe)])
             done += 1
             progress(done, total)
-    window = next((b.tokens[:1] for b in batches if b.kind == "text"), batches[0].tokens[:1])
+    longest = max(batches[0].lengths)  # text windows come first and are full
+    window = batches[0].tokens[batches[0].lengths.index(longest), None, :longest]
     for recipe in every:
         s = scores[str(recipe)]
         _, cache = logits_of(model, recipe, window[:, : -SPEED_STEPS - 2], profile, chunk)
