@@ -22,7 +22,13 @@ def test_one_checkpoint_one_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(model.eval()) == name and len(name) == 16
 
 
-def test_other_weights_or_shapes_are_others() -> None:
+def test_a_float32_checkpoint_in_bfloat16_is_the_same() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    assert fingerprint(model) == fingerprint(model.to(torch.bfloat16))
+
+
+def test_other_weights_shapes_or_turns_are_others() -> None:
     seen = set()
     for seed, kind in [(0, LlamaForCausalLM), (1, LlamaForCausalLM), (0, Qwen3ForCausalLM)]:
         torch.manual_seed(seed)
@@ -34,4 +40,8 @@ def test_other_weights_or_shapes_are_others() -> None:
     wide = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 65}))
     wide.load_state_dict({k: torch.zeros_like(v) for k, v in wide.state_dict().items()})
     seen.add(fingerprint(wide))
-    assert len(seen) == 5
+    for theta in (1e4, 1e6):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": theta}))
+        seen.add(fingerprint(model))
+    assert len(seen) == 6  # 1e4 is the default

@@ -16,7 +16,7 @@ SIGNATURES = {
     "Profile": ["key_centre", "value_centre", "fingerprint", "source", "tokens"],
     "Recipe": ["precision", "window", "sinks"],
 }
-CACHE = {"bf16_nbytes", "load", "nbytes", "ratio", "report", "save"}
+CACHE = {"bf16_nbytes", "load", "model", "nbytes", "ratio", "report", "reset", "save"}
 OPTIONS = {
     "demo": ["out"],
     "run": ["model", "prompt", "recipe", "max_new_tokens", "temperature", "profile", "save_cache", "as_json"],

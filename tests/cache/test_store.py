@@ -168,12 +168,53 @@ def test_a_cut_block_goes_back_to_the_window_as_it_was_stored() -> None:
     s.crop(3)
     assert (s.body.longest, s.window.longest) == (8, 5)
     close(s.window.buffers[0][0][:, :, :5].float(), decoded[:, :, 8:13], 4e-3)  # the window has 16 bits
-    ragged = store("kivi4(group=8)", 2)
-    valid = torch.ones(2, 16, dtype=torch.bool)
-    valid[0, :5] = False
-    ragged.attend(*qkv(0, 2, 16), SHAPE, valid=valid)
-    with pytest.raises(BadInputError, match="without blocks"):
-        ragged.crop(12)
+
+
+@pytest.mark.parametrize("recipe", ["kivi8(group=8)", "kivi8(group=8, window=3, sinks=2)", "polar5(window=4)"])
+@pytest.mark.parametrize("crop", [1, 5, 8, 12, 19, 30])
+def test_ragged_rows_are_cropped_like_each_row_alone(recipe: str, crop: int) -> None:
+    x, more = qkv(0, 3, 40), qkv(70, 3, 4)
+    valid = torch.arange(40) >= torch.tensor([[0], [7], [16]])
+    s = store(recipe, 3)
+    s.attend(*x, SHAPE, valid=valid)
+    s.crop(crop)
+    out = s.attend(*more, SHAPE)
+    for b in range(3):
+        alone = store(recipe)
+        alone.attend(*part(x, slice(b, b + 1), valid[b]), SHAPE)
+        alone.crop(crop)
+        assert alone.lengths[0] == s.lengths[b] - 4
+        close(out[b : b + 1], alone.attend(*part(more, slice(b, b + 1), slice(None)), SHAPE))
+
+
+def test_rows_that_end_in_padding_are_not_cropped() -> None:
+    s = store("polar4", 2)
+    s.attend(*qkv(0, 2, 10), SHAPE, valid=torch.arange(10) < torch.tensor([[10], [7]]))
+    with pytest.raises(BadInputError, match="Pad on the left"):
+        s.crop(2)
+    s.attend(*qkv(3, 2, 2), SHAPE)
+    s.crop(1)
+    assert s.lengths.tolist() == [11, 8]
+
+
+def test_what_is_stored_outlives_the_mode_it_was_stored_in() -> None:
+    s = store("polar4(window=3, sinks=1)")
+    with torch.inference_mode():
+        for i in range(6):
+            s.attend(*qkv(i, 1, 3), SHAPE)
+    q, k, v = (t.requires_grad_() for t in qkv(9, 1, 2))
+    out = s.attend(q, k, v, SHAPE)
+    assert out.requires_grad and not any(t.requires_grad for tier in s.tiers.values() for side in tier.buffers for t in side)
+
+
+def test_a_state_holds_nothing_behind_the_rows() -> None:
+    s = store("fp8(window=3)", 2)
+    s.attend(*qkv(0, 2, 20), SHAPE, valid=torch.arange(20) >= torch.tensor([[0], [12]]))
+    for tier in s.tiers.values():
+        for side in tier.buffers:
+            for t in side:
+                t[1, :, int(tier.lengths[1]) :] = math.nan
+    assert all(t.float().isfinite().all() for t in state(s).values())
 
 
 @pytest.mark.parametrize("recipe", ["exact", "polar3(window=5, sinks=2)", "kivi2(group=8, window=3)"])

@@ -96,7 +96,7 @@ def test_model_rows_are_paired_with_polar(monkeypatch: pytest.MonkeyPatch) -> No
     for bits in qjl.BITS:
         row = paired["turboquant", bits]
         assert (row["kl"], row["kl_ratio"], row["accuracy"]) == pytest.approx((0.8, 5, -0.7))
-        assert row["kl_low"] < row["kl"] < row["kl_high"] and row["bytes_per_token"] == 4
+        assert row["kl_low"] < row["kl"] < row["kl_high"] and row["bytes_difference"] == 4
         assert paired["polar, unbiased", bits]["kl"] == 0
     assert len(qjl.tables(rows)) == 2 and "K: turboquant4(sketch=orthogonal), V: polar4" in str(qjl.tables(rows))
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 from kvstack.errors import BadInputError
-from kvstack.eval.runner import REFERENCE, check_length, evaluate, logits_of, ratio_of_random, rows
+from kvstack.eval.runner import REFERENCE, evaluate, logits_of, ratio_of_random, rows
 from kvstack.eval.suite import SuiteConfig, task_batches, text_batches
+from kvstack.hf.models import check_context
 from kvstack.lab.registry import load
 from kvstack.lab.text import tuning_text
 from kvstack.recipe import Recipe
@@ -154,10 +155,10 @@ def test_a_run_of_tasks_alone_has_no_text_keys(lab: tuple[Any, Any]) -> None:
 
 
 def test_windows_that_are_too_long_are_refused(lab: tuple[Any, Any]) -> None:
-    check_length(lab[0], 4096)
+    check_context(lab[0], 4096, "")
     with pytest.raises(BadInputError, match="context of 4096"):
-        check_length(lab[0], 4097)
-    with pytest.raises(BadInputError, match=r"do not fit this model's context of 4096\. Use --length 4096\."):
+        check_context(lab[0], 4097, "Ask for shorter sequences.")
+    with pytest.raises(BadInputError, match=r"do not fit the model's context of 4096\. Ask for shorter"):
         evaluate(*lab, [], SuiteConfig(length=5000), TEXT)
 
 

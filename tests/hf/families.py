@@ -11,12 +11,16 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -42,6 +46,19 @@ FAMILIES: dict[str, Any] = {
     "gemma2-softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **GQA, **SLIDING)),
     "gemma3-256": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=256, **SLIDING)),
     "gpt-oss-sinks": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, **GQA, **SLIDING, num_local_experts=2, num_experts_per_tok=1)),
+    "llama4-chunked": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            **SIZES,
+            head_dim=64,
+            intermediate_size_mlp=64,
+            num_local_experts=2,
+            attention_chunk_size=8,
+            moe_layers=[],
+            layer_types=["chunked_attention", "full_attention"],
+            no_rope_layers=[1, 0],
+        )
+    ),
+    "phimoe-sliding": lambda: PhimoeForCausalLM(PhimoeConfig(**SIZES, sliding_window=8, num_local_experts=2)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
 }
 

@@ -1,5 +1,6 @@
 """`kvstack.Cache` on real models of transformers: what it costs, saves, refuses, and gives back."""
 
+import copy
 import gc
 import os
 import weakref
@@ -207,9 +208,68 @@ def test_misuse_is_explained() -> None:
         logits(model, cache, tokens(3, 5))
     with pytest.raises(BadInputError, match="4-D"):
         model(input_ids=tokens(2, 5), attention_mask=torch.ones(2, 1, 5, 5), past_key_values=Cache(model, "polar4"))
+    with pytest.raises(BadInputError, match="hides tokens that are cached already"):
+        model(input_ids=tokens(2, 1), attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]] * 2), past_key_values=cache)
+    with pytest.raises(BadInputError, match="prompt is empty"):
+        model(input_ids=tokens(2, 0), past_key_values=Cache(model, "polar4"))
     model.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedModelError, match=r"set_attn_implementation\('kvstack'\)"):
         logits(model, cache, tokens(2, 5))
+
+
+def test_a_copied_cache_goes_its_own_way_and_shares_the_model() -> None:
+    model, more = make("llama"), tokens(1, 4, seed=2)
+    cache = Cache(model, "polar4(window=4)")
+    logits(model, cache, tokens(1, 30))
+    twin = copy.deepcopy(cache)
+    assert twin.model is model
+    assert torch.equal(logits(model, twin, more), logits(model, cache, more))
+    assert twin.layers[0].store.body.buffers[0][0].data_ptr() != cache.layers[0].store.body.buffers[0][0].data_ptr()
+    del model
+    with pytest.raises(UnsupportedModelError, match="model of this cache is gone"):
+        cache.save("never")
+
+
+def test_a_cache_of_another_profile_is_refused(tmp_path: Path) -> None:
+    model = make("llama")
+    one, two = (calibrate(model, [tokens(2, 40, seed=s)]) for s in (1, 2))
+    cache = Cache(model, "polar4(centre=on)", profile=one)
+    logits(model, cache, tokens(1, 30))
+    cache.save(tmp_path / "c")
+    Cache.load(tmp_path / "c", model, profile=one)
+    with pytest.raises(ArtefactError, match="another profile"):
+        Cache.load(tmp_path / "c", model, profile=two)
+
+
+def test_modes_may_change_while_a_cache_lives() -> None:
+    model, ids = make("llama"), tokens(1, 30)
+    cache, straight = Cache(model, "polar4(window=4)"), Cache(model, "polar4(window=4)")
+    logits(model, cache, ids[:, :20])
+    found = torch.cat([model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 30)], 1)
+    logits(model, straight, ids[:, :20])
+    torch.testing.assert_close(found, logits(model, straight, ids[:, 20:], chunk=1))
+    assert found.requires_grad
+
+
+def test_a_model_without_full_attention_layers_is_told() -> None:
+    with pytest.warns(UserWarning, match="no memory is saved"):
+        Cache(make("mistral-sliding"), "polar4")
+
+
+def test_static_caches_and_packed_sequences_are_served_as_before() -> None:
+    for family in ("llama", "gemma2-softcap", "gpt-oss-sinks"):
+        model, ids = make(family), tokens(2, 20)
+        found = []
+        for name in ("eager", "kvstack"):
+            model.set_attn_implementation(name)
+            out = model.generate(
+                ids, cache_implementation="static", do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0
+            )
+            places = torch.cat([torch.arange(12), torch.arange(8)])[None].expand(2, -1)
+            with torch.inference_mode():
+                found.append((out, model(input_ids=ids, position_ids=places, use_cache=False).logits))
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0][1], found[1][1], atol=2e-4, rtol=2e-4)
 
 
 def test_nan_names_the_layer() -> None:

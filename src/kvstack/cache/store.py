@@ -24,6 +24,7 @@ from kvstack.cache.tier import Tier
 from kvstack.codecs import Exact
 from kvstack.codecs.base import Codec, Context
 from kvstack.codecs.exact import ExactCodec
+from kvstack.errors import BadInputError
 from kvstack.kernels.reference import Shape, attend, attend_first, merge
 from kvstack.recipe import Recipe
 
@@ -43,6 +44,7 @@ class LayerStore:
             return Tier(*pair, batch, key.num_heads, key.device)
 
         self.sinks, self.window, self.body = tier(exact), tier(exact), tier(codecs)
+        self.padding = torch.zeros(batch, dtype=torch.bool)  # rows that end in padding
 
     @property
     def tiers(self) -> dict[str, Tier]:
@@ -82,6 +84,7 @@ class LayerStore:
         """
         before = self.lengths
         counts, ranks = torch.full_like(before, q.shape[2]), before[:, None] + torch.arange(q.shape[2])
+        self.padding = torch.zeros_like(self.padding) if valid is None else ~valid[:, -1].cpu()
         if valid is not None:
             counts, ranks = valid.cpu().sum(1), before[:, None] + valid.cpu().cumsum(1) - 1
             k, v = _left_aligned(k, valid), _left_aligned(v, valid)
@@ -135,17 +138,22 @@ class LayerStore:
             self.body.append(*self.window.pop(leaving), leaving)
 
     def crop(self, tokens: int) -> None:
-        """Remove the newest `tokens` tokens of every row. What they had pushed out of the window stays encoded."""
+        """Remove the newest `tokens` tokens of every row. What they had pushed out of the window stays encoded.
+
+        Raises BadInputError when a row ends in padding: then the newest tokens are not the same ones in every row.
+        """
+        if self.padding.any():
+            raise BadInputError("A cache whose rows end in padding cannot be cropped. Pad on the left.")
         left = torch.full_like(self.window.lengths, tokens).minimum(self.lengths)
         for tier in (self.window, self.body, self.sinks):
             counts = left.minimum(tier.lengths)
             left = left - counts
-            rest = tier.truncate(counts)
-            if rest is not None:
-                self.window.append(*rest, torch.full_like(counts, rest[0].shape[2]))
+            if cut := tier.truncate(counts):
+                self.window.append(*cut)
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, with repetitions."""
+        self.padding = self.padding[rows.cpu()]
         for tier in self.tiers.values():
             tier.select(rows)
 

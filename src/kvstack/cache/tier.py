@@ -8,15 +8,30 @@ A tier with a block codec holds whole blocks only, except after `truncate`. A ti
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvstack.codecs.base import Codec
-from kvstack.errors import BadInputError
 from kvstack.kernels.reference import Side
 
 STEP = 32  # tokens
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _plainly(method: Callable[P, R]) -> Callable[P, R]:
+    """Buffers outlive the mode in which they were filled: they are no inference tensors, and hold no graph."""
+
+    @wraps(method)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return plain
 
 
 class Tier:
@@ -40,6 +55,7 @@ class Tier:
         """Bytes of the buffers, slack included, and of the lengths."""
         return self.lengths.nbytes + sum(t.untyped_storage().nbytes() for side in self.buffers for t in side)
 
+    @_plainly
     def append(self, k: Tensor, v: Tensor, counts: Tensor) -> None:
         """Encode and store the first `counts[b]` tokens of row b of `k, v [B, H, n, D]`; n and the counts are multiples of `block`."""
         if not int(counts.sum()):
@@ -60,6 +76,7 @@ class Tier:
         )
         return key, value
 
+    @_plainly
     def pop(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Remove the oldest `counts[b]` tokens of every row and return them decoded, `[B, H, max(counts), D]`, zero past the counts."""
         most = int(counts.max())
@@ -73,28 +90,32 @@ class Tier:
             self._map(lambda t: _shifted(t, counts, self.longest))
         return out[0], out[1]
 
-    def truncate(self, counts: Tensor) -> tuple[Tensor, Tensor] | None:
+    @_plainly
+    def truncate(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Remove the newest `counts[b]` tokens of every row.
 
-        Of a block that is cut the rest cannot stay: it is removed too and returned decoded, `[B, H, n, D]`, the same n for all rows.
-        Raises BadInputError when rows are cut at different places of a block.
+        Of a block that is cut the rest cannot stay: it is removed too and returned decoded, `k, v [B, H, n, D]`, of which the first
+        `rest[b]` tokens of row b count. None when no block is cut.
         """
         lengths = self.lengths - counts
         rest = lengths % self.block
-        if not bool((rest == rest[0]).all()):
-            raise BadInputError(
-                "Rows of different lengths cannot be cropped inside blocks. Use a codec without blocks, such as polar4."
-            )
         self.lengths = lengths - rest
-        if not int(rest.max()):
+        most = int(rest.max())
+        if not most:
             return None
-        start = int(self.lengths[0])
-        key, value = (
-            codec.decode(tuple(t[:, :, start // codec.block : (start + self.block) // codec.block] for t in side))[:, :, : int(rest[0])]
-            for codec, side in zip(self.codecs, self.buffers, strict=True)
-        )
-        return key, value
+        k, v = (self._block_at(i, self.lengths)[:, :, :most] for i in (0, 1))
+        behind = ~_below(rest, most, k.device)[:, None, :, None]
+        return k.masked_fill(behind, 0), v.masked_fill(behind, 0), rest
 
+    def _block_at(self, side: int, tokens: Tensor) -> Tensor:
+        """Decoded vectors `[B, H, block, D]` from token `tokens[b]` of row b on; of a row that ends there, anything."""
+        codec, device = self.codecs[side], self.buffers[side][0].device
+        at = (tokens[:, None] + torch.arange(0, self.block, codec.block)) // codec.block
+        rows = torch.arange(len(tokens), device=device)[:, None]
+        codes = (t[rows, :, at.to(device).clamp_max(t.shape[2] - 1)].movedim(1, 2) for t in self.buffers[side])
+        return codec.decode(tuple(codes))
+
+    @_plainly
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, with repetitions (beams)."""
         self.lengths = self.lengths[rows.cpu()]
@@ -105,8 +126,12 @@ class Tier:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that `load_state` takes."""
-        sides = zip(("key", "value"), self.sides(), strict=True)
-        named = {f"{name}.{f.name}": t for name, side in sides for f, t in zip(side.codec.fields, side.codes, strict=True)}
+        named = {}
+        for name, side in zip(("key", "value"), self.sides(), strict=True):
+            for field, t in zip(side.codec.fields, side.codes, strict=True):
+                # What lies behind the end of a row is memory that nobody wrote: it has no place in a file.
+                real = _below(self.lengths // side.codec.block, t.shape[2], t.device).reshape(len(t), 1, -1, *[1] * (t.ndim - 3))
+                named[f"{name}.{field.name}"] = torch.where(real, t.view(torch.uint8) if t.dtype.itemsize == 1 else t, 0).view(t.dtype)
         return {"lengths": self.lengths, **named}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from kvstack.errors import BadInputError
+from kvstack.hf import models
 from kvstack.hf.cache import Cache
 from kvstack.lab.registry import load, load_profile
 from kvstack.profile import Profile
@@ -47,12 +48,8 @@ def run(
     calibrated = Profile.load(profile) if profile else load_profile(model)
     inputs = tokenizer(text, return_tensors="pt").to(lm.device)
     used = inputs["input_ids"].shape[1]
-    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and used + max_new_tokens > context:
-        raise BadInputError(
-            f"The prompt has {used} tokens; with {max_new_tokens} new ones it does not fit the model's context of {context}. "
-            "Shorten the prompt or lower --max-new-tokens."
-        )
+    remedy = f"The prompt has {used}. Shorten it or lower --max-new-tokens."
+    models.check_context(lm, used + max_new_tokens, remedy)
     cache = Cache(lm, stack, profile=calibrated)
     start = time.perf_counter()
     sequence = lm.generate(

@@ -105,9 +105,9 @@ class Codec(ABC):
         return sum(f.nbytes for f in self.fields) / self.block
 
     @property
-    def state_nbytes(self) -> int:
-        """Bytes of what the codec itself holds (transform, centre), which no token adds to."""
-        return sum(t.nbytes for t in (self.transform, self.centre) if t is not None)
+    def state(self) -> tuple[Tensor, ...]:
+        """The tensors that the codec itself holds, which no token adds to; codecs may share them."""
+        return tuple(t for t in (self.transform, self.centre) if t is not None)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ class PolarCodec(Codec):
         self.levels = torch.tensor(book.levels, dtype=torch.float32, device=transform.device)
         self._edges = (self.levels[1:] + self.levels[:-1]) / 2 * book.gain
 
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """See `Codec.state`."""
+        return (*super().state, self.levels, self._edges)
+
     def _encode(self, x: Tensor) -> Codes:
         x = x.float()
         if self.centre is not None:

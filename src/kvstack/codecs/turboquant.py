@@ -54,6 +54,11 @@ class TurboQuantCodec(Codec):
         signs = Field("signs", torch.uint8, (packed_size(head_dim, 1),))
         self.fields = (*self.first.fields, signs, Field("norm", torch.bfloat16))
 
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """See `Codec.state`."""
+        return (*super().state, *self.first.state, self.sketch)
+
     def _encode(self, x: Tensor) -> Codes:
         codes = self.first.encode(x)
         residual = self.first.project(x) - self.first.latent(codes)

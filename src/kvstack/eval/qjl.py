@@ -209,7 +209,7 @@ def model(lm: Any, tokenizer: Any, text: str, cfg: SuiteConfig, progress: Progre
                 "kl_ratio": math.fsum(ours.kl) / math.fsum(polar.kl),
                 **_interval("kl", metrics.paired(ours.kl, polar.kl)), "text_sequences": len(ours.kl),
                 **_interval("accuracy", metrics.paired(hits, polar_hits)), "samples": len(hits),
-                "bytes_per_token": ours.bytes_per_token - polar.bytes_per_token,
+                "bytes_difference": ours.bytes_per_token - polar.bytes_per_token,
             })  # fmt: skip
     return rows
 
@@ -257,7 +257,7 @@ _TABLES: tuple[tuple[str, str, dict[str, Callable[[Row], str]]], ...] = (
     }),
     ("paired", "Over the same sequences, minus polar of the same bits", {
         "codec": lambda r: f"{r['family']}, {r['bits']} bits",
-        "bytes/token": lambda r: f"{r['bytes_per_token']:+,.0f}",
+        "bytes/token": lambda r: f"{r['bytes_difference']:+,.0f}",
         "KL": lambda r: _said(r, "kl", "+.4f"),
         "KL, ratio": lambda r: f"{r['kl_ratio']:.2f}",
         "tasks, points": lambda r: _said(r, "accuracy", "+.1f", 100),

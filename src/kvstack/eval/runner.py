@@ -107,13 +107,6 @@ def ratio_of_random(model: Any, recipe: Recipe, tokens: int, profile: Any = None
     return cache.ratio
 
 
-def check_length(model: Any, length: int) -> None:
-    """Refuse windows that the model was not made for."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise BadInputError(f"Sequences of {length} tokens do not fit this model's context of {context}. Use --length {context}.")
-
-
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -126,7 +119,7 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Scores]:
     """Scores of each recipe by its name; bf16 is put in front if it is not there."""
-    check_length(model, cfg.length)
+    models.check_context(model, cfg.length, "Ask for shorter sequences.")
     if cfg.text_sequences == 1:
         raise BadInputError("One window of text has no interval. Ask for two or more, or for none.")
     if not (cfg.text_sequences or cfg.tasks):

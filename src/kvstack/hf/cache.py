@@ -4,11 +4,15 @@
     model.generate(**inputs, past_key_values=cache)
     cache.nbytes, cache.ratio, print(cache.report())
 
-Making one sets the model's attention implementation to "kvstack" (`model.set_attn_implementation`), which is ordinary attention for
-any other cache. A cache belongs to one model and one batch; `reset` empties it. On disk it is an artefact (`artefact.py`): recipe,
-fingerprint of the model, and the tensors of every tier. Offloading and compiled generation are not supported.
+Making one sets the model's attention implementation to "kvstack" (`model.set_attn_implementation`), which is SDPA for any other cache.
+A cache belongs to one model and one batch, and is for inference; `reset` empties it, also after an error in the middle of a forward.
+On disk it is an artefact (`artefact.py`): recipe, fingerprint of the model, and the tensors of every tier. Offloading and compiled
+generation are not supported.
 """
 
+import hashlib
+import warnings
+import weakref
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -25,7 +29,7 @@ from kvstack.codecs.base import Context
 from kvstack.errors import ArtefactError, BadInputError, UnsupportedModelError
 from kvstack.fingerprint import fingerprint
 from kvstack.hf import models
-from kvstack.hf.attention import NAME, Fresh
+from kvstack.hf.attention import NAME, Fresh, Slots
 from kvstack.hf.report import Report, TierReport
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
@@ -42,8 +46,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, recipe: Recipe, profile: Profile | None, prefill: Prefill, config: Any, index: int) -> None:
         super().__init__()
-        # No reference to the cache: a cycle would keep the memory until the garbage collector comes.
-        self.recipe, self.prefill, self.config, self.index = recipe, prefill, config, index
+        # No reference to the cache: a cycle would keep the memory until the garbage collector comes. Weak ones to the model's things:
+        # a copied cache (`copy.deepcopy`, for a prompt that is used again) must not copy the model.
+        self.recipe, self.prefill, self.config, self.index = recipe, prefill, weakref.ref(config), index
         self.centres = (None, None) if profile is None else (profile.key_centre[index], profile.value_centre[index])
         self.slots = 0
         self.store: LayerStore | None = None
@@ -59,10 +64,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take new keys and values `[B, H, T, D]`; the attention function stores them."""
-        if self.config._attn_implementation != NAME:
+        config = self.config()
+        if config is None or config._attn_implementation != NAME:
+            found = config and config._attn_implementation
             raise UnsupportedModelError(
-                f"The model's attention is {self.config._attn_implementation!r}, which cannot read a kvstack cache. "
-                f"Call model.set_attn_implementation({NAME!r})."
+                f"The model's attention is {found!r}, which cannot read a kvstack cache. Call model.set_attn_implementation({NAME!r})."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -77,8 +83,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         return fresh, fresh
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """See transformers."""
-        return self.slots + query_length, 0
+        """See transformers. This is where it first tells how many tokens come."""
+        if not query_length:
+            raise BadInputError("The prompt is empty. Give at least one token.")
+        return Slots(self.slots + query_length), 0
 
     def get_seq_length(self) -> int:
         """See transformers: slots, so padding counts."""
@@ -127,6 +135,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
     keys and values, ArtefactError for the profile of another model.
     """
 
+    layers: list[Any]
+
     def __init__(
         self, model: Any, recipe: str | Recipe = "balanced", *, profile: Profile | None = None, prefill: Prefill = "exact"
     ) -> None:
@@ -137,14 +147,26 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if profile is not None:
             profile.check(model)
         self._build_once(model)
-        self.model = model
-        model.set_attn_implementation(NAME)
+        models.use(model, NAME)
+        self._model = weakref.ref(model)
         config = model.config.get_text_config(decoder=True)
         layers = [
             layer if layer.is_sliding else CompressedLayer(self.recipe, profile, prefill, config, i)
             for i, layer in enumerate(DynamicCache(config=config).layers)
         ]
         super().__init__(layers=layers)
+        if all(layer.is_sliding for layer in layers):
+            warnings.warn(
+                f"All layers of this {config.model_type} have sliding windows, which stay exact: no memory is saved.", stacklevel=2
+            )
+
+    @property
+    def model(self) -> Any:
+        """The model, as long as somebody else holds it. Raises UnsupportedModelError when it is gone."""
+        model = self._model()
+        if model is None:
+            raise UnsupportedModelError("The model of this cache is gone. Keep it as long as its caches.")
+        return model
 
     def _build_once(self, model: Any) -> None:
         """Let a recipe that does not fit the model fail now and not in the middle of a forward."""
@@ -154,15 +176,21 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             centre = None if profile is None else getattr(profile, f"{side}_centre")[0]
             self.recipe.precision.build(side, Context(size, 1, torch.float32, torch.device("cpu"), centre))
 
+    def reset(self) -> None:
+        """Forget everything and give the memory back; transformers' own layers would keep zeros."""
+        self.layers = [type(layer)(layer.sliding_window) if layer.is_sliding else layer for layer in self.layers]
+        for layer in self.layers:
+            layer.reset()
+
     @property
     def _compressed(self) -> list[CompressedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer) and layer.store is not None]
 
     @property
     def _shared_nbytes(self) -> int:
-        """Bytes of transforms and centres, each counted once however many layers share it."""
+        """Bytes of what codecs hold (transforms, centres, codebooks), each counted once however many layers share it."""
         codecs = [c for layer in self._compressed if layer.store for tier in layer.store.tiers.values() for c in tier.codecs]
-        return sum({id(t): t.nbytes for c in codecs for t in (c.transform, c.centre) if t is not None}.values())
+        return sum({t.data_ptr(): t.nbytes for c in codecs for t in c.state}.values())
 
     @property
     def nbytes(self) -> int:
@@ -215,6 +243,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             elif layer.is_initialized:
                 tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
         about = {"recipe": str(self.recipe), "prefill": self.prefill, "fingerprint": fingerprint(self.model), "slots": slots}
+        about["centres"] = self._centres()
         artefact.write(path, tensors, FORMAT, VERSION, about)
 
     @classmethod
@@ -234,7 +263,18 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             cache._fill(tensors, about["slots"])
         except (KeyError, ValueError) as e:
             raise ArtefactError(f"{path} does not fit this model and recipe: {e}. Write it again.") from e
+        if cache._centres() != about["centres"]:
+            raise ArtefactError(f"{path} was written with another profile. Give the profile that it was written with.")
         return cache
+
+    def _centres(self) -> str:
+        """Name of the centres that the codes are relative to."""
+        digest = hashlib.sha256()
+        for layer in self._compressed:
+            for codec in layer.store.body.codecs if layer.store else ():
+                if codec.centre is not None:
+                    digest.update(codec.centre.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _fill(self, tensors: Mapping[str, Tensor], slots: list[int]) -> None:
         model = self.model
@@ -243,11 +283,9 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 continue
             if isinstance(layer, CompressedLayer):
                 named = {name: _under(tensors, f"{i}.{name}.") for name in ("sinks", "window", "body")}
+                # The window has the type of the keys that filled it, or 16 bits, and a store for either is the same.
                 window = named["window"]
-                key, value = (
-                    t.new_empty(len(window["lengths"]), t.shape[1], 0, t.shape[-1], dtype=model.dtype, device=model.device)
-                    for t in (window["key.x"], window["value.x"])
-                )
+                key, value = (t.new_empty(*t.shape, device=model.device) for t in (window["key.x"], window["value.x"]))
                 layer.lazy_initialization(key, value)
                 assert layer.store is not None
                 for name, tier in layer.store.tiers.items():

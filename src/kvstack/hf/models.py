@@ -9,7 +9,7 @@ from typing import Any
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvstack.errors import UnsupportedModelError
+from kvstack.errors import BadInputError, UnsupportedModelError
 
 REMEDY = "Use a decoder with RoPE and MHA, GQA or MQA attention, such as Llama, Qwen3, Mistral or Gemma."
 
@@ -23,13 +23,33 @@ def check(model: Any) -> None:
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(f"{kind} caches latents (MLA), not keys and values. {REMEDY}")
     if not getattr(config, "rope_parameters", None):
-        raise UnsupportedModelError(f"{kind} has no rotary position embedding (RoPE). {REMEDY}")
+        raise UnsupportedModelError(f"{kind} states no `rope_parameters`: it has no rotary position embedding (RoPE). {REMEDY}")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedModelError(f"{kind} has layers that read the cache of other layers. {REMEDY}")
     for i, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedModelError(f"Layer {i} of {kind} is cached as {type(layer).__name__}, not as keys and values. {REMEDY}")
 
 
-def head_dim(model: Any) -> int:
-    """Size of a head as the config states it."""
+def use(model: Any, attention: str) -> None:
+    """Let `model` call the registered `attention`. Raises UnsupportedModelError when its code has attention of its own."""
+    model.set_attn_implementation(attention)
     config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    if config._attn_implementation != attention:
+        raise UnsupportedModelError(f"{config.model_type} does not call registered attention functions. {REMEDY}")
+
+
+def head_dim(model: Any) -> int:
+    """Size of a head as the config states it. Raises UnsupportedModelError when layers differ."""
+    config = model.config.get_text_config(decoder=True)
+    try:
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    except Exception as e:  # transformers' own error for such configs differs between its versions
+        raise UnsupportedModelError(f"The layers of {config.model_type} have heads of different sizes. {REMEDY}") from e
+
+
+def check_context(model: Any, tokens: int, remedy: str) -> None:
+    """Raise BadInputError, ending with `remedy`, when `tokens` do not fit the context that `model` was made for."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise BadInputError(f"{tokens} tokens do not fit the model's context of {context}. {remedy}")

@@ -22,7 +22,7 @@ class Report:
     bf16_nbytes: int
 
     def __str__(self) -> str:
-        ratio = f"{self.bf16_nbytes / self.nbytes:.2f}x smaller than bf16" if self.nbytes and self.bf16_nbytes else "empty"
+        ratio = f"ratio {self.bf16_nbytes / self.nbytes:.2f} to bf16" if self.nbytes and self.bf16_nbytes else "empty"
         lines = [f"{self.recipe}: {self.nbytes:,} bytes, {ratio}", f"{'':12}{'tokens':>12}{'bytes':>16}"]
         lines += [f"{t.name:12}{t.tokens or '-':>12}{t.nbytes:>16,}" for t in self.tiers]
         return "\n".join(lines)
