@@ -80,6 +80,8 @@ def test_unusable_batches_are_refused() -> None:
     model = tiny()
     with pytest.raises(BadInputError, match="no tokens"):
         calibrate(model, [])
+    with pytest.raises(BadInputError, match="into a list"):
+        calibrate(model, {"input_ids": tokens(1, 4)})  # type: ignore[arg-type]
     with pytest.raises(BadInputError, match="no tokens"):
         calibrate(model, [{"input_ids": tokens(1, 4), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}])
     with pytest.raises(BadInputError, match=r"\[B, T\]"):

@@ -1,4 +1,4 @@
-"""kvstack: a KV cache that is an order of magnitude smaller, in measured bytes, and is read as it is.
+"""kvstack: a KV cache that is several times smaller, in measured bytes, and whose codes attention reads.
 
 cache = kvstack.Cache(model, "polar4(window=128, sinks=4)")     # any transformers decoder with RoPE
 model.generate(**inputs, past_key_values=cache)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise ArtefactError(f"{target} cannot be written: {reason}. {remedy}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Make `folder` if need be, and raise ArtefactError unless files can be written there: before long work, not after it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ArtefactError(f"{folder} cannot be written: {e.strerror or e}. Give another place.") from e
 
 
 def write(

@@ -81,8 +81,8 @@ class Recipe:
             raise RecipeError(f"precision is {self.precision!r}. Give a codec such as Polar(), or use Recipe.parse.")
         for name in ("window", "sinks"):
             value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise RecipeError(f"`{name}` cannot be {value!r}. Give a number of tokens, 0 or more.")
+            if type(value) is not int or not 0 <= value < 2**31:
+                raise RecipeError(f"`{name}` cannot be {value!r}. Give a number of tokens, 0 or more and below 2^31.")
 
     @classmethod
     def parse(cls, text: "str | Recipe") -> "Recipe":

@@ -55,7 +55,7 @@ def test_run_takes_yaml_and_draws(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["--prompt", "  "], "prompt is empty"),
-        (["--prompt", "x " * 5000], "does not fit the model's context of 4096"),
+        (["--prompt", "x " * 5000], "do not fit the model's context of 4096"),
         (["--prompt", "x", "--recipe", "poler4"], "Did you mean polar4"),
         (["--prompt", "x", "--recipe", "polar9"], "1 to 5"),
         (["--prompt", "x", "--recipe", "none.yaml"], "cannot be read"),
@@ -98,6 +98,8 @@ def test_compare_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--recipes", " "], "no recipes to compare"),
+        (["--recipes", "polar4", "--json", "/proc/none/x.json"], "cannot be written"),
         (["--recipes", "polar4, nonsense"], "There is no word 'nonsense'"),
         (["--recipes", "polar4", "--tasks", "sudoku"], "There is no task 'sudoku'"),
         (["--recipes", "polar4", "--length", "8192"], "context of 4096"),

@@ -28,6 +28,8 @@ def calibrate(model: Any, batches: Iterable[Batch], progress: Callable[[int], No
     Raises BadInputError when there are no tokens or the keys or values are not finite, and UnsupportedModelError when the
     model does not cache keys and values of one shape in its full-attention layers.
     """
+    if isinstance(batches, Tensor | Mapping):
+        raise BadInputError("`batches` is a list of batches. Put the one you have into a list.")
     keys: Tensor | None = None
     values: Tensor | None = None
     tokens = 0

@@ -14,13 +14,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvstack import artefact
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError
 from kvstack.eval import report, runner
 from kvstack.eval.suite import SuiteConfig
 from kvstack.lab.registry import load, load_profile
 from kvstack.lab.tasks import TASKS
-from kvstack.lab.text import held_out_text
+from kvstack.lab.text import held_out_text, tuning_text
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
 
@@ -36,7 +37,10 @@ def compare(
     recipes: Annotated[str, typer.Option(help="Recipes, separated by commas. bf16 is always measured, as the reference.")],
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; an empty text for none.")] = ", ".join(TASKS),
     length: Annotated[int, typer.Option(min=128, help="Tokens of every text window and task sample.")] = 1024,
-    text: Annotated[Path | None, typer.Option(help="A text file to read instead of held-out Python sources.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text file to read instead of the held-out Python sources; `tuning`: those that settings are chosen on."),
+    ] = None,
     text_sequences: Annotated[int, typer.Option(min=0, help="Windows of text.")] = 16,
     samples: Annotated[int, typer.Option(min=1, help="Samples of every task.")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 4,
@@ -49,6 +53,11 @@ def compare(
 ) -> None:
     """Measure recipes side by side: bytes, quality, speed."""
     stacks = [Recipe.parse(r) for r in split(recipes)]
+    if not stacks:
+        raise BadInputError('There are no recipes to compare. Give some, such as --recipes "polar4, int4".')
+    for path in (json_out, plot):
+        if path is not None:
+            artefact.check_folder(path.parent)
     cfg = SuiteConfig(length, text_sequences, samples, tuple(split(tasks)), batch, seed)
     lengths = [_number(n) for n in split(ratio_at)]
     rival = None if against is None else str(Recipe.parse(against))
@@ -91,7 +100,6 @@ def show(rows: Sequence[report.Row], title: str, json_out: Path | None, plot: Pa
     width = console.measure(table, options=console.options.update(max_width=1000)).maximum
     Console(width=max(width, console.width)).print(table)
     if json_out:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         write_results(json_out, command_line(), rows)
     written = [*([json_out] if json_out else []), *(report.write_plots(rows, title, plot) if plot else [])]
     for path in written:
@@ -116,9 +124,9 @@ def split(text: str) -> list[str]:
 
 
 def read_text(path: Path | None) -> str:
-    """The text in a file, or the held-out text."""
-    if path is None:
-        return held_out_text()
+    """The text in a file, the tuning text, or the held-out text."""
+    if path is None or path == Path("tuning"):
+        return held_out_text() if path is None else tuning_text()
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:

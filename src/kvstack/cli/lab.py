@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvstack import artefact
 from kvstack.cli.compare import command_line, split
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError
@@ -42,6 +43,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Folder of a lab model to continue from.")] = None,
 ) -> None:
     """Train a reference model from scratch: transformers' Qwen3 architecture on Python sources and long-context tasks."""
+    artefact.check_folder(out)
     given = {"minutes": minutes, "seed": seed, "muon_lr": muon_lr, "adam_lr": adam_lr}
     cfg = replace(small() if small_model else TrainConfig(), **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -62,7 +64,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or `bundled`.")],
     lengths: Annotated[str, typer.Option(help="Lengths of the samples, separated by commas.")] = "1024, 2048, 4096",
     samples: Annotated[int, typer.Option(min=1, help="Samples of every task at every length.")] = 32,
-    text_sequences: Annotated[int, typer.Option(min=1, help="Windows of held-out text at every length.")] = 16,
+    text_sequences: Annotated[int, typer.Option(min=2, help="Windows of held-out text at every length.")] = 16,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the accuracies into the card of the lab model.")] = False,
 ) -> None:
@@ -70,6 +72,8 @@ def evaluate(
     sizes = split(lengths)
     if not sizes or not all(n.isdecimal() for n in sizes):
         raise BadInputError(f"--lengths {lengths!r} are no numbers of tokens. Give whole numbers separated by commas.")
+    if json_out:
+        artefact.check_folder(json_out.parent)
     lm, tokenizer = load(model)
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True)) as bar:
@@ -87,7 +91,6 @@ def evaluate(
         table.add_row(str(row["tokens"]), f"{row['bits_per_byte']:.4f}", *cells)
     Console().print(table)
     if json_out:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         write_results(json_out, command_line(), rows)
     if card:
         write_card(folder(model), rows)

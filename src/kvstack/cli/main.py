@@ -107,7 +107,7 @@ def _version(wanted: bool) -> None:
 def _main(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """A KV cache for large language models that is an order of magnitude smaller, in measured bytes."""
+    """A KV cache for large language models that is several times smaller, in measured bytes."""
 
 
 _OPTIONS: dict[str, Any] = {

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
+from kvstack import artefact
 from kvstack.errors import BadInputError
 from kvstack.hf import models
 from kvstack.hf.cache import Cache
@@ -41,6 +42,8 @@ def run(
 ) -> None:
     """Generate text with a compressed cache, and say what the cache cost."""
     stack = Recipe.load(recipe) if recipe.endswith((".yaml", ".yml")) else Recipe.parse(recipe)
+    if save_cache:
+        artefact.check_folder(save_cache.parent)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise BadInputError("The prompt is empty. Give some text to continue.")
