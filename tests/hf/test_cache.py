@@ -15,11 +15,17 @@ from transformers import (
     BloomForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -167,6 +173,8 @@ def test_unsupported_models_are_refused_by_name() -> None:
         (GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)), "RoPE"),
         (BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64)), "RoPE"),
         (DeepseekV3ForCausalLM(mla), "MLA"),
+        (FalconForCausalLM(FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)), "registered"),
+        (Qwen3NextForCausalLM(Qwen3NextConfig(**small, num_key_value_heads=2, head_dim=16, num_experts=2)), "LinearAttentionLayer"),
         (
             T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)),
             "encoder-decoder",
@@ -174,6 +182,9 @@ def test_unsupported_models_are_refused_by_name() -> None:
     ]:
         with pytest.raises(UnsupportedModelError, match=f"{reason}.*Use a decoder with RoPE"):
             Cache(model, "polar4")
+    own = DiffLlamaForCausalLM(DiffLlamaConfig(**small, num_key_value_heads=2))
+    with pytest.raises(UnsupportedModelError, match="computes with cached keys itself"):
+        own(input_ids=tokens(1, 5), past_key_values=Cache(own, "polar4"))
 
 
 def test_recipes_that_do_not_fit_are_refused_at_once() -> None:

@@ -64,7 +64,7 @@ class LayerStore:
     def append(self, k: Tensor, v: Tensor) -> None:
         """Store `k, v [B, H, T, D]` without attention."""
         self.window.append(k, v, torch.full_like(self.lengths, k.shape[2]))
-        self._settle()
+        self._move_old()
 
     def attend(
         self,
@@ -93,7 +93,7 @@ class LayerStore:
         self.window.append(k, v, counts)
         window, n = self.window.sides(), self.window.longest
         if prefill == "strict":
-            self._settle()
+            self._move_old()
         if prefill == "exact" and valid is None and not before.any() and shape.softcap is None and sink is None:
             out = attend_first(q, *window, shape)
         else:
@@ -105,12 +105,12 @@ class LayerStore:
             parts = []
             for queries, rank in zip(q.split(QUERIES, 2), on(ranks)[:, :, None].split(QUERIES, 1), strict=True):
                 seen = token <= rank  # [B, t, n]; tokens behind the end of a row have ranks above all
-                bodied = on(body_before)[:, None, None]
+                body_length = on(body_before)[:, None, None]
                 if prefill == "strict":
-                    bodied = self._bodied(rank, bodied)
-                    seen &= (token < self.recipe.sinks) | (token >= self.recipe.sinks + bodied)
+                    body_length = self._body_length_at(rank, body_length)
+                    seen &= (token < self.recipe.sinks) | (token >= self.recipe.sinks + body_length)
                 tiers = [attend(queries, *window, seen, shape)]
-                for tier, length in ((self.sinks, on(sinks_before)[:, None, None]), (self.body, bodied)):
+                for tier, length in ((self.sinks, on(sinks_before)[:, None, None]), (self.body, body_length)):
                     if tier.longest:
                         below = torch.arange(tier.longest, device=q.device) < length
                         tiers.append(attend(queries, *tier.sides(), below, shape))
@@ -119,15 +119,15 @@ class LayerStore:
         if valid is not None:
             out = out.masked_fill(~valid.to(q.device)[:, None, :, None], 0)
         if prefill == "exact":
-            self._settle()
+            self._move_old()
         return out
 
-    def _bodied(self, rank: Tensor, body_before: Tensor) -> Tensor:
+    def _body_length_at(self, rank: Tensor, body_before: Tensor) -> Tensor:
         """How many tokens decoding one by one would have in the body when the token of `rank` comes."""
         ripe = (rank - self.recipe.sinks - self.recipe.window).clamp_min(0) // self.body.block * self.body.block
         return torch.maximum(ripe, body_before)
 
-    def _settle(self) -> None:
+    def _move_old(self) -> None:
         """Move tokens that are too old for the window to where they stay."""
         done = self.lengths - self.window.lengths
         leaving = (self.recipe.sinks - done).clamp_min(0).minimum(self.window.lengths)

@@ -54,12 +54,10 @@ def logits_of(model: Any, recipe: Recipe, tokens: Tensor, profile: Any, chunk: i
 def _score(batch: Batch, logits: Tensor, reference: Tensor, scores: Scores) -> None:
     targets = batch.tokens[:, 1:].to(logits.device)
     if batch.kind == "text":
-        logp = F.log_softmax(logits[:, :-1], -1)
-        nats = -logp.gather(-1, targets[..., None])[..., 0]
-        logq = F.log_softmax(reference[:, :-1], -1)
-        kl = (logq.exp() * (logq - logp)).sum(-1)
-        scores.nats += nats.sum(-1).tolist()
-        scores.kl += kl.mean(-1).tolist()
+        for i in range(len(logits)):  # row by row: with a large vocabulary, logits are what memory is needed for
+            logp, logq = (F.log_softmax(x[i, :-1], -1) for x in (logits, reference))
+            scores.nats.append(-float(logp.gather(-1, targets[i, :, None]).sum()))
+            scores.kl.append(float((logq.exp() * (logq - logp)).sum(-1).mean()))
         scores.nbytes += batch.nbytes
         return
     right = (logits[:, :-1].argmax(-1) == targets).cpu()
