@@ -26,7 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## see in a minute what a compressed cache saves
 	$(BIN)/kvstack demo
 
-test: export OMP_NUM_THREADS ?= 1 # two processes must not fight over threads
+# Two test processes must not fight over threads, and no thread may spin while it waits for a core that is busy.
+export OMP_WAIT_POLICY ?= passive
+test: export OMP_NUM_THREADS ?= 1
 test: lint types  ## all checks and all tests
 	$(BIN)/pytest -n 2
 
