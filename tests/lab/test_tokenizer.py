@@ -69,3 +69,8 @@ def test_training_is_a_function_of_the_text() -> None:
 
 def test_no_text_still_gives_the_words() -> None:
     Words(train_tokenizer([]))
+
+
+@BOTH
+def test_prompts_begin_as_training_did(tok: Any) -> None:
+    assert tok("def f")["input_ids"] == [BOS, *tok.encode("def f", add_special_tokens=False)]

@@ -66,7 +66,8 @@ def figure(rows: Sequence[Row], title: str) -> Any:
             ax.set_yscale("log")
         if key == "delta":
             ax.set_yscale("symlog", linthresh=0.1)
-            ax.set_ylim(bottom=min(-0.05, *(1.2 * (r.get("delta_pct") or 0) for r in rows)))
+            changes = [1.5 * r.get("delta_pct", 0) for r in rows]
+            ax.set_ylim(min(-0.05, *changes), max(0.1, *changes))
             ax.axhline(0, color="0.8", zorder=0)
         ax.set_xlabel("measured bytes per token (all layers)")
         ax.set_title(label, loc="left", fontsize=11)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = 0, 1, 2
@@ -52,6 +52,8 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
                 yield from ((word + "\n") * 100 for _ in range(often // 100 + 1))
 
     tok.train_from_iterator(stream(), trainer)
+    # Every sequence that a lab model sees begins so; a prompt that did not would be strange to it.
+    tok.post_processor = processors.TemplateProcessing(single=f"{SPECIALS[BOS]} $A", special_tokens=[(SPECIALS[BOS], BOS)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tok, pad_token=SPECIALS[0], bos_token=SPECIALS[1], eos_token=SPECIALS[2], padding_side="left"
     )
