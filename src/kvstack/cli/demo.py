@@ -21,7 +21,7 @@ kvstack demo
 kvstack demo --out out/first-look
 """
 
-RECIPES = ("fp8", "polar4", "polar4(window=128, sinks=4)", "polar3(window=128, sinks=4)", "int4", "turboquant4")
+RECIPES = ("fp8", "polar4", "polar4(window=128, sinks=4)", "polar3(window=128, sinks=4)", "int4")
 SUITE = SuiteConfig(length=1024, text_sequences=4, task_samples=2, batch=4)
 
 
