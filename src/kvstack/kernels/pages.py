@@ -88,7 +88,7 @@ def read(pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write(pages: Pages, k: Tensor, v: Tensor, scales: Tensor, starts: Tensor, counts: Tensor) -> None:
-    """Put the first `counts[b]` tokens of `k, v [B, H, n, D]` uint8 and `scales [B, H, n, 2]` at place `starts[b]` of row b, in the pool.
+    """Put the first `counts[b]` tokens of `k, v [B, H, n, D]` uint8 and `scales [B, H, n, 2]` at token `starts[b]` of row b.
 
     The lengths are the caller's. Slow: it unpacks and packs whole pages.
     """
@@ -109,7 +109,10 @@ def write(pages: Pages, k: Tensor, v: Tensor, scales: Tensor, starts: Tensor, co
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack a matrix of codes `[..., R, C]` uint8 (ascending level indices below `2 ** bits`, or E4M3 bytes) into `[..., R * C * bits / 8]`."""
+    """Pack a matrix of codes `[..., R, C]` uint8 into `[..., R * C * bits / 8]`.
+
+    Codes are ascending level indices below `2 ** bits`, or with 8 bits E4M3 bytes.
+    """
     *batch, rows, columns = codes.shape
     x = codes.reshape(*batch, rows, columns // 32, 2, 4, 4).movedim(-2, -4)  # [..., R, t, s, h, i]
     if bits == 8:
@@ -150,9 +153,10 @@ def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
 
 
 def _interleave(x: Tensor, steps: int) -> Tensor:
-    """Fields `[..., s, n]` of 4 / steps bits into words `[..., s / steps]`, the field of step s at bit (s % steps) * 4 / steps of nibble n."""
+    """Fields `[..., s, n]` of 4 / steps bits into words `[..., s / steps]`, as the module says."""
     x = x.unflatten(-2, (-1, steps))
-    return (x << _shifts(steps, x.device)).sum((-2, -1))
+    words: Tensor = (x << _shifts(steps, x.device)).sum((-2, -1))
+    return words
 
 
 def _separate(words: Tensor, steps: int) -> Tensor:
@@ -172,4 +176,5 @@ def _bytes(words: Tensor) -> Tensor:
 
 def _words(packed: Tensor) -> Tensor:
     shift = 8 * torch.arange(4, device=packed.device)
-    return (packed.unflatten(-1, (-1, 4)).long() << shift).sum(-1)
+    words: Tensor = (packed.unflatten(-1, (-1, 4)).long() << shift).sum(-1)
+    return words
