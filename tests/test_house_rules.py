@@ -20,7 +20,7 @@ FLOORS = [
     {"presets", "cache"},
     {"hf"},
     {"lab"},
-    {"eval"},
+    {"eval", "bench"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

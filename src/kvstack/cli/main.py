@@ -32,6 +32,9 @@ LAB_COMMANDS = {
     "train": ("kvstack.cli.lab:train", "Train a reference model from scratch."),
     "eval": ("kvstack.cli.lab:evaluate", "Judge a model on the synthetic tasks."),
 }
+BENCH_COMMANDS = {
+    "decode": ("kvstack.cli.bench:decode", "Time attention of a decode step, ours and other libraries'."),
+}
 EXAMPLES = """
 kvstack doctor
 kvstack run bundled --recipe polar4 --prompt "def main():"
@@ -98,6 +101,12 @@ class LabGroup(LazyGroup):
     table = LAB_COMMANDS
 
 
+class BenchGroup(LazyGroup):
+    """`kvstack bench`."""
+
+    table = BENCH_COMMANDS
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kvstack {version('kvstack')}")
@@ -118,6 +127,7 @@ _OPTIONS: dict[str, Any] = {
 }
 app = typer.Typer(cls=LazyGroup, callback=_main, epilog=examples(EXAMPLES), **_OPTIONS)
 app.add_typer(typer.Typer(cls=LabGroup, **_OPTIONS), name="lab", help="Train and judge small reference models of your own.")
+app.add_typer(typer.Typer(cls=BenchGroup, **_OPTIONS), name="bench", help="Measure speed on this machine's GPU.")
 
 if __name__ == "__main__":
     app()

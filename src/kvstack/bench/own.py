@@ -1,0 +1,94 @@
+"""Our decode kernel as contenders: one per pair of bits, over pages of random codes made on the GPU."""
+
+import re
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvstack.bench.contender import Contender, Run, not_capable
+from kvstack.bench.problem import Problem, attention, random_query
+from kvstack.codecs.base import Codec
+from kvstack.codecs.fp8 import Fp8Codec
+from kvstack.codecs.polar import PolarCodec
+from kvstack.codecs.rotation import rotation
+from kvstack.errors import BadInputError
+from kvstack.kernels.decode import Body, choose, decode
+from kvstack.kernels.pages import PAGE, Format, Pages, read
+from kvstack.kernels.reference import Shape
+
+NAME = "kvstack"
+RAGGED = (1, 127, 128, 1000, 5000)
+_SPREAD = 100.0  # standard deviation of random E4M3 numbers, of at most 448
+
+
+def contenders(bits: str, head_dim: int) -> list[Contender]:
+    """Contenders for a text such as `4, 3, k4v2, 8`. Raises BadInputError or RecipeError for what has no page format."""
+    found = []
+    for word in filter(None, (w.strip() for w in bits.split(","))):
+        match = re.fullmatch(r"(\d)|k(\d)v(\d)", word)
+        if not match:
+            raise BadInputError(f"{word!r} are no bits. Give a number such as 4, or one for keys and one for values, such as k4v2.")
+        k, v = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
+        build = partial(_build, Format(head_dim, k, v))
+        found.append(Contender(NAME, word, 2e-3, _missing, build, RAGGED, precise=True))
+    return found
+
+
+def _missing(_: Problem) -> str | None:
+    if reason := not_capable(least=(8, 0)):
+        return reason
+    path = choose(torch.device("cuda"))
+    return path.reason if path.name == "reference" else None
+
+
+def _build(f: Format, problem: Problem, device: torch.device) -> Run:
+    codecs = (_codec(f.k, f.head_dim, device), _codec(f.v, f.head_dim, device))
+    body = Body.of(random_pages(f, problem, device), *codecs)
+    q = random_query(problem, device)
+    shape = Shape(problem.scale)
+    tiles = sum(-(-n // PAGE) for n in problem.lengths) * problem.kv_heads
+    return Run(
+        call=lambda: decode(q[:, :, None], body, None, shape),
+        want=lambda: attention(q, *_decoded(body), problem),
+        nbytes=tiles * f.nbytes,
+        detail=f"{body.path.name} kernel",
+    )
+
+
+def _codec(bits: int, head_dim: int, device: torch.device) -> Codec:
+    return Fp8Codec(head_dim) if bits == 8 else PolarCodec(rotation(head_dim, 0, device), bits, codebook="e4m3")
+
+
+def random_pages(f: Format, problem: Problem, device: torch.device) -> Pages:
+    """Random codes, in pages in random order; logits have a standard deviation of 1 to 2. Scales behind the ends of rows are NaN."""
+    lengths = torch.tensor(problem.lengths, dtype=torch.int32, device=device)
+    counts = [-(-n // PAGE) for n in problem.lengths]
+    order = torch.randperm(sum(counts), device=device, dtype=torch.int32)
+    table = torch.zeros(problem.batch, max(counts), dtype=torch.int32, device=device)
+    for row, ids in zip(table, order.split(counts), strict=True):
+        row[: len(ids)] = ids
+    pool = torch.randint(0, 256, (len(order), problem.kv_heads, f.nbytes), dtype=torch.uint8, device=device)
+    for bits, part in ((f.k, pool[..., : f.value_offset]), (f.v, pool[..., f.value_offset : f.scale_offset])):
+        if bits == 8:
+            for page in part.split(1024):  # random numbers are four times as large as their codes
+                page.copy_(torch.randn(page.shape, device=device).mul_(_SPREAD).to(torch.float8_e4m3fn).view(torch.uint8))
+    scales = pool[..., f.scale_offset :].view(torch.bfloat16).unflatten(-1, (PAGE, 2))  # [P, H, 128, (k, v)]
+    scales.uniform_(0.5, 1.5)
+    for i, bits in enumerate((f.k, f.v)):
+        scales[..., i] *= 1 / _SPREAD if bits == 8 else 1.0
+    for b, n in enumerate(problem.lengths):
+        if n % PAGE:
+            scales[table[b, n // PAGE].long(), :, n % PAGE :] = torch.nan
+    return Pages(f, pool, table, lengths)
+
+
+def _decoded(body: Body) -> tuple[Tensor, Tensor]:
+    """`k, v [B, N, H, D]` float64 that the codes stand for, by the definition of the codecs."""
+    *codes, scales = read(body.pages)  # [B, H, N, D], [B, H, N, 2]
+    out = []
+    for i, (codec, code) in enumerate(zip((body.key, body.value), codes, strict=True)):
+        numbers = codec.levels[code.int()] if isinstance(codec, PolarCodec) else code.view(torch.float8_e4m3fn)
+        x = numbers.double() * scales[..., i, None].double()
+        out.append((x if codec.transform is None else x @ codec.transform.double()).transpose(1, 2))
+    return out[0], out[1]

@@ -1,0 +1,82 @@
+"""What is computed: attention of one new query per row over B rows of N tokens, and the same in float64.
+
+    q [B, Hq, D]    k, v [B, N, H, D]    out [B, Hq, D]
+
+Nothing here knows of kernels or of time.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvstack.errors import BadInputError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """lengths: tokens of every row. heads: query heads, in groups that share one of `kv_heads`. dtype: of the query and the output."""
+
+    lengths: tuple[int, ...]
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
+            raise BadInputError(
+                f"{self.heads} query heads cannot share {self.kv_heads} KV heads. Give a number of query heads that they divide."
+            )
+
+    @staticmethod
+    def parse(text: str, heads: int, kv_heads: int, head_dim: int) -> "Problem":
+        """The problem of a text such as `32x4096`, rows times tokens. Raises BadInputError."""
+        found = re.fullmatch(r"\s*([1-9]\d*)\s*x\s*([1-9]\d*)\s*", text)
+        if not found:
+            raise BadInputError(f"{text!r} is no shape. Give rows and tokens, such as 32x4096.")
+        return Problem((int(found[2]),) * int(found[1]), heads, kv_heads, head_dim)
+
+    @property
+    def batch(self) -> int:
+        """Rows B."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens N of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the logits."""
+        return float(self.head_dim**-0.5)
+
+    def like(self, lengths: Sequence[int], dtype: torch.dtype | None = None) -> "Problem":
+        """The same heads with other rows."""
+        return replace(self, lengths=tuple(lengths), dtype=dtype or self.dtype)
+
+
+def random_query(problem: Problem, device: torch.device) -> Tensor:
+    """A query `[B, Hq, D]`."""
+    return torch.randn(problem.batch, problem.heads, problem.head_dim, device=device, dtype=problem.dtype)
+
+
+def random_tokens(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`k, v [B, N, H, D]` whose logits with `random_query` have a standard deviation of 1.5."""
+    shape = (problem.batch, problem.tokens, problem.kv_heads, problem.head_dim)
+    k = torch.randn(shape, device=device, dtype=problem.dtype).mul_(1.5)
+    return k, torch.randn(shape, device=device, dtype=problem.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """The attention `[B, Hq, D]` in float64. What lies behind the end of a row may be anything."""
+    rows = []
+    for b, n in enumerate(problem.lengths):
+        keys, values = (x[b, :n].double().movedim(1, 0) for x in (k, v))  # [H, n, D]
+        grouped = q[b].double().unflatten(0, (problem.kv_heads, -1))  # [H, G, D]
+        weights = (grouped @ keys.transpose(1, 2) * problem.scale).softmax(-1)
+        rows.append((weights @ values).flatten(0, 1))
+    return torch.stack(rows)

@@ -1,0 +1,460 @@
+"""Decode attention over pages on Hopper (sm_90), in Gluon: the tensor core eats the codes, memory is the only limit.
+
+It computes what `rotate.project` and `portable.decode_pages` compute, for codebooks of E4M3 numbers: 2, 3, 4 or 8 bits a side and head
+sizes 64, 128, 256.
+
+Operands are swapped: S^T = K Q^T and O^T = V^T P^T, so that the large operand is A, which Hopper's `wgmma` takes from registers. A page
+is laid out so that every thread reads with 16-byte accesses exactly the codes of its fragment; one byte permutation (`prmt`) turns four
+of them into four E4M3 numbers, in registers. Pages come by asynchronous copies, while others are worked on.
+
+The small operand B has few columns: a query row takes two, for the E4M3 rounding of its numbers and, times 16, for what that rounding
+left over. So q and the probabilities keep 8 bits of mantissa at no cost, since `wgmma` has 8 columns at least and there are few rows.
+Neighbouring columns are in one thread, which adds them up after the product.
+
+`wgmma` sums E4M3 products in less than fp32 precision, so a product covers one page and pages are added up in fp32. Probabilities are
+scaled by the V scale and by 2^8 over their running maximum, which keeps them in the normal range of E4M3.
+
+`reference.attend` is its twin.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from kvstack.kernels.pages import Format, Pages
+
+MAX_ROWS = 16  # query rows of one program; more go to more programs, which read the page again
+STAGES = 2  # pages in flight, and in shared memory
+
+# Two words of selectors in, E4M3 numbers out. $n: outputs, then words, then the table.
+_UNPACK4 = gl.constexpr(
+    """{
+    .reg .b32 a, b;
+    and.b32 a, $2, 0x77777777;
+    prmt.b32 b, $3, $4, a;
+    lop3.b32 $0, $2, 0x80808080, b, 0xEA;
+    shr.u32 a, a, 16;
+    prmt.b32 b, $3, $4, a;
+    shl.b32 a, $2, 4;
+    lop3.b32 $1, a, 0x80808080, b, 0xEA;
+    }"""
+)
+_UNPACK2 = gl.constexpr(
+    """{
+    .reg .b32 a;
+    and.b32 a, $4, 0x33333333;
+    prmt.b32 $0, $5, $5, a;
+    shr.u32 a, a, 16;
+    prmt.b32 $1, $5, $5, a;
+    shr.u32 a, $4, 2;
+    and.b32 a, a, 0x33333333;
+    prmt.b32 $2, $5, $5, a;
+    shr.u32 a, a, 16;
+    prmt.b32 $3, $5, $5, a;
+    }"""
+)
+# Low plane word $4, high plane word $5 shifted so that the bits of the first step stand at bit 2 of every nibble.
+_UNPACK3 = gl.constexpr(
+    """{
+    .reg .b32 a, b;
+    and.b32 b, $5, 0x44444444;
+    lop3.b32 a, $4, 0x33333333, b, 0xEA;
+    prmt.b32 $0, $6, $7, a;
+    shr.u32 a, a, 16;
+    prmt.b32 $1, $6, $7, a;
+    shr.u32 a, $4, 2;
+    shr.u32 b, $5, 1;
+    and.b32 b, b, 0x44444444;
+    lop3.b32 a, a, 0x33333333, b, 0xEA;
+    prmt.b32 $2, $6, $7, a;
+    shr.u32 a, a, 16;
+    prmt.b32 $3, $6, $7, a;
+    }"""
+)
+
+
+@gluon.constexpr_function
+def _fragment(rows: int, words: int) -> Any:
+    """Layout of `[rows, 4, words]` words: thread t of quad g of warp w holds rows 64 m + 16 w + 8 e + g."""
+    registers = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
+    registers += [[8, 0, 0]] + [[64 << i, 0, 0] for i in range((rows // 64).bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [rows, 4, words])
+
+
+@gluon.constexpr_function
+def _paired(rows: int, columns: int) -> Any:
+    """Layout of `[rows, columns, 2]`: the product's, with a query row's two columns as the last axis."""
+    registers = [[0, 0, 1], [8, 0, 0]] + [[0, 4 << i, 0] for i in range((columns // 4).bit_length() - 1)]
+    registers += [[64 << i, 0, 0] for i in range((rows // 64).bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [rows, columns, 2])
+
+
+@gluon.constexpr_function
+def _query(rows: int) -> Any:
+    """Layout of queries `[rows, D]`: a row in one warp, two neighbouring numbers in one thread.
+
+    With four, Triton 3.6 stores their E4M3 bytes by `stmatrix`, and to other places than where the product reads.
+    """
+    return gl.BlockedLayout([rows // 4, 2], [1, 32], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _per_warp(columns: int) -> Any:
+    """Layout of `[4, columns]`, a number for every warp and query row: all warps' numbers in every thread, rows as in `_paired`."""
+    registers = [[1, 0], [2, 0]] + [[0, 4 << i] for i in range((columns // 4).bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [4, columns])
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _log2(x):
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _copy(shared, base, mask):
+    """Start to copy a plane of words at `base` into `shared [ROWS, 4, W]`."""
+    ROWS: gl.constexpr = shared.shape[0]
+    W: gl.constexpr = shared.shape[2]
+    L: gl.constexpr = _fragment(ROWS, W)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    word = gl.arange(0, W, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    offset = row[:, None, None] * (4 * W) + thread[None, :, None] * W + word[None, None, :]
+    async_copy.async_copy_global_to_shared(shared, base.to(gl.pointer_type(gl.int32), bitcast=True) + offset, mask=mask)
+
+
+@gluon.jit
+def _copy_matrix(low, high, base, mask, BITS: gl.constexpr):
+    """Start to copy a packed matrix: its only plane into `low`, or with 3 bits its second into `high`."""
+    _copy(low, base, mask)
+    if BITS == 3:
+        _copy(high, base + low.shape[0] * low.shape[2] * 16, mask)
+
+
+@gluon.jit
+def _load_matrix(low, high, BITS: gl.constexpr):
+    """The words of a packed matrix that this thread is to unpack; without a second plane a dummy in its place."""
+    words = low.load(_fragment(low.shape[0], low.shape[2]))
+    if BITS == 3:
+        return words, high.load(_fragment(high.shape[0], high.shape[2]))
+    else:
+        return words, 0
+
+
+@gluon.constexpr_function
+def _planes(bits: int, columns: int) -> tuple[int, int]:
+    """Words per thread and row in the first and in the second plane of a matrix; a plane that is not there has one."""
+    return (columns // 64, columns // 128) if bits == 3 else (columns * bits // 128, 1)
+
+
+@gluon.jit
+def _bytes(w):
+    """`[...]` words as `[..., 2, 2]` bytes in memory order; the compiler makes nothing of it but a change of type."""
+    return gl.join(gl.join(w.to(gl.uint8), (w >> 16).to(gl.uint8)), gl.join((w >> 8).to(gl.uint8), (w >> 24).to(gl.uint8)))
+
+
+@gluon.jit
+def _unpack(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, L: gl.constexpr):
+    """Words of `_load` as the E4M3 operand `[ROWS, COLUMNS]` in layout `L`. t0, t1: the table, four levels each."""
+    W: gl.constexpr = _fragment(ROWS, COLUMNS // 128 if BITS == 3 else COLUMNS * BITS // 128)
+    t0 = gl.convert_layout(t0, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
+    t1 = gl.convert_layout(t1, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
+    if BITS == 8:
+        x = low
+    elif BITS == 4:
+        x = gl.join(
+            *gl.inline_asm_elementwise(_UNPACK4, "=r,=r,r,r,r", [low, t0, t1], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+        )
+    elif BITS == 2:
+        a, b, c, d = gl.inline_asm_elementwise(
+            _UNPACK2, "=r,=r,=r,=r,r,r", [low, t0], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+        )
+        x = gl.join(gl.join(a, c), gl.join(b, d))  # [..., step, half]
+    else:
+        first, second = gl.split(low.reshape((ROWS, 4, COLUMNS // 128, 2)))
+        first, second = gl.convert_layout(first, W), gl.convert_layout(second, W)
+        a, b, c, d = gl.inline_asm_elementwise(
+            _UNPACK3,
+            "=r,=r,=r,=r,r,r,r,r",
+            [first, high << 2, t0, t1],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        x = gl.join(gl.join(a, c), gl.join(b, d))
+        a, b, c, d = gl.inline_asm_elementwise(
+            _UNPACK3,
+            "=r,=r,=r,=r,r,r,r,r",
+            [second, high, t0, t1],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        x = gl.join(x, gl.join(gl.join(a, c), gl.join(b, d))).permute((0, 1, 2, 5, 3, 4))
+    x = _bytes(x).reshape((ROWS, 4, COLUMNS // 32, 2, 4))  # [row, t, s, h, i]
+    x = x.permute((0, 2, 3, 1, 4)).reshape((ROWS, COLUMNS)).to(gl.float8e4nv, bitcast=True)
+    return gl.convert_layout(x, L)
+
+
+@gluon.jit
+def _near_and_rest(x):
+    """E4M3 numbers next to `x`, and 16 times what they miss."""
+    near = x.to(gl.float8e4nv)
+    return near, ((x - near.to(gl.float32)) * 16.0).to(gl.float8e4nv)
+
+
+@gluon.jit
+def _joined(x, L: gl.constexpr):
+    """`[N, R]` in layout `L` of the neighbouring columns `[N, 2 * R]`."""
+    near, rest = gl.split(x.reshape((x.shape[0], x.shape[1] // 2, 2)))
+    return gl.convert_layout(near, L) + gl.convert_layout(rest, L) * 0.0625
+
+
+@gluon.jit
+def _hadamard(x, R: gl.constexpr, D: gl.constexpr, LOG2_D: gl.constexpr):
+    """`rotate.hadamard` of `x [R, D]`."""
+    for _ in gl.static_range(LOG2_D):
+        a, b = gl.split(gl.convert_layout(x, _query(R)).reshape((R, D // 2, 2)))
+        x = gl.join(a + b, a - b).permute((0, 2, 1)).reshape((R, D))
+    return gl.convert_layout(x, _query(R))
+
+
+@gluon.jit
+def _greatest(x, shared, R: gl.constexpr, ROW: gl.constexpr):
+    """Maximum over the tokens of `x [128, R]`, in every warp: shuffles inside a warp, shared memory `[4, R]` between them."""
+    of_warp = gl.max(gl.max(x.reshape((2, 4, 16, R)), 2), 0)  # token 64 m + 16 w + ...
+    shared.store(of_warp)
+    gl.thread_barrier()
+    return gl.convert_layout(gl.max(shared.load(_per_warp(R)), 0), ROW)
+
+
+@gluon.jit
+def _decode(
+    q_ptr,  # [B, Hq, T, D]
+    signs_ptr,  # [D] float32
+    centre_ptr,  # [H, D] float32
+    pool_ptr,
+    table_ptr,
+    lengths_ptr,
+    cum_ptr,
+    k_table_ptr,  # [2, 4] int32
+    v_table_ptr,
+    out_ptr,
+    lse_ptr,
+    B,
+    H,
+    rows,
+    T,
+    stride_b,
+    stride_h,
+    stride_t,
+    table_stride,
+    factor,
+    softcap,
+    D: gl.constexpr,
+    LOG2_D: gl.constexpr,
+    K: gl.constexpr,  # bits
+    V: gl.constexpr,
+    R: gl.constexpr,  # query rows of this program, padded
+    BATCH: gl.constexpr,  # B, padded
+    ROTATE: gl.constexpr,
+    CENTRE: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    STAGES: gl.constexpr,  # pages in flight
+):
+    VALUES: gl.constexpr = 128 * D * K // 8
+    SCALES: gl.constexpr = VALUES + 128 * D * V // 8
+    NBYTES: gl.constexpr = SCALES + 512
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * R, 32])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    ST: gl.constexpr = gl.SliceLayout(2, _paired(128, R))  # of S^T [128 tokens, R]
+    OT: gl.constexpr = gl.SliceLayout(2, _paired(D, R))  # of O^T [D, R]
+    TOKEN: gl.constexpr = gl.SliceLayout(1, ST)
+    ROW: gl.constexpr = gl.SliceLayout(0, ST)
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(64 if D == 64 else 128, 8, rank=2)
+    Q: gl.constexpr = _query(R)
+    u32p: gl.constexpr = gl.pointer_type(gl.uint32)
+
+    # Every thread loads its own copy, so that the tables stay in registers: what the compiler knows to be the same in all threads it
+    # keeps elsewhere, and moves into place before every use.
+    copy = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, _fragment(128, 4))))
+    kt0 = gl.load(k_table_ptr + copy)
+    kt1 = gl.load(k_table_ptr + 4 + copy)
+    vt0 = gl.load(v_table_ptr + copy)
+    vt1 = gl.load(v_table_ptr + 4 + copy)
+    program = gl.program_id(0)
+    first_row = gl.program_id(1) * R
+    total = gl.load(cum_ptr + B)
+    share = gl.cdiv(total, gl.num_programs(0))
+    tile = program * share
+    stop = gl.minimum(tile + share, total)
+    row_of_batch = gl.arange(0, BATCH, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    ends = gl.load(cum_ptr + 1 + row_of_batch, mask=row_of_batch < B, other=2147483647)
+    q_shared = gl.allocate_shared_memory(gl.float8e4nv, [2 * R, D], SHARED)
+    p_shared = gl.allocate_shared_memory(gl.float8e4nv, [2 * R, 128], gl.NVMMASharedLayout(128, 8, rank=2))
+    m_shared = gl.allocate_shared_memory(gl.float32, [4, R], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    KW: gl.constexpr = _planes(K, D)
+    VW: gl.constexpr = _planes(V, 128)
+    k_low = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 4, KW[0]], PLAIN)
+    v_low = gl.allocate_shared_memory(gl.int32, [STAGES, D, 4, VW[0]], PLAIN)
+    k_high, v_high = k_low, v_low
+    if K == 3:
+        k_high = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 4, KW[1]], PLAIN)
+    if V == 3:
+        v_high = gl.allocate_shared_memory(gl.int32, [STAGES, D, 4, VW[1]], PLAIN)
+    scales_shared = gl.allocate_shared_memory(gl.uint32, [STAGES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    one = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    token = gl.arange(0, 128, layout=TOKEN)
+    row = first_row + gl.arange(0, R, layout=ROW)
+    zero_s = gl.full([128, 2 * R], 0.0, gl.float32, layout=MMA)
+    zero_o = gl.full([D, 2 * R], 0.0, gl.float32, layout=MMA)
+    while tile < stop:
+        b = gl.sum((ends <= tile).to(gl.int32), 0)
+        start = gl.load(cum_ptr + b)
+        length = gl.load(lengths_ptr + b)
+        pages = gl.cdiv(length, 128)
+        h = (tile - start) // pages
+        page = tile - start - h * pages
+        n = gl.minimum(pages - page, stop - tile)
+        segment = b * H + h
+        # The queries of this segment, rotated, as E4M3 numbers times a power of two.
+        d = gl.arange(0, D, layout=gl.SliceLayout(0, Q))
+        r = first_row + gl.arange(0, R, layout=gl.SliceLayout(1, Q))
+        at = b.to(gl.int64) * stride_b + (h * (rows // T) + r // T).to(gl.int64) * stride_h + (r % T).to(gl.int64) * stride_t
+        q = gl.load(q_ptr + at[:, None] + d[None, :], mask=(r < rows)[:, None], other=0.0).to(gl.float32) * factor
+        bias = gl.full([R], 0.0, gl.float32, layout=ROW)
+        if CENTRE:
+            bias = gl.convert_layout(gl.sum(q * gl.load(centre_ptr + h * D + d)[None, :], 1), ROW)
+        if ROTATE:
+            q = _hadamard(q * gl.load(signs_ptr + d)[None, :], R, D, LOG2_D)
+        power = gl.exp2(gl.ceil(gl.log2(gl.maximum(gl.max(gl.abs(q), 1), 1e-30))) - 8.0)
+        q_near, q_rest = _near_and_rest(q / power[:, None])
+        gl.thread_barrier()  # the last segment's products have read their queries
+        q_shared.store(gl.join(q_near, q_rest).permute((0, 2, 1)).reshape((2 * R, D)))
+        fence_async_shared()
+        q_scale = gl.convert_layout(power, ROW)
+        top = gl.full([R], -1e30, gl.float32, layout=ROW)
+        total_weight = gl.full([128, R], 0.0, gl.float32, layout=ST)
+        acc = gl.full([D, R], 0.0, gl.float32, layout=OT)
+        ids = table_ptr + b.to(gl.int64) * table_stride
+        gl.thread_barrier()  # the last segment's pages have been read
+        for i in gl.static_range(STAGES):
+            inside = i < n
+            base = pool_ptr + (gl.load(ids + page + i, mask=inside, other=0).to(gl.int64) * H + h) * NBYTES
+            _copy_matrix(k_low.index(i), k_high.index(i), base, inside, K)
+            _copy_matrix(v_low.index(i), v_high.index(i), base + VALUES, inside, V)
+            async_copy.async_copy_global_to_shared(scales_shared.index(i), (base + SCALES).to(u32p, bitcast=True) + one, mask=inside)
+            async_copy.commit_group()
+        id_ahead = gl.load(ids + page + STAGES, mask=n > STAGES, other=0)
+        async_copy.wait_group(STAGES - 1)
+        gl.thread_barrier()
+        stage = 0
+        for i in range(n):
+            scales = scales_shared.index(stage).load(TOKEN)
+            low, high = _load_matrix(k_low.index(stage), k_high.index(stage), K)
+            k = _unpack(low, high, kt0, kt1, K, 128, D, A)
+            s = warpgroup_mma(k, q_shared.permute((1, 0)), zero_s, use_acc=False, max_num_imprecise_acc=D, is_async=True)
+            low, high = _load_matrix(v_low.index(stage), v_high.index(stage), V)
+            v = _unpack(low, high, vt0, vt1, V, D, 128, A)
+            s = warpgroup_mma_wait(0, [s])
+            k_scale = (scales << 16).to(gl.float32, bitcast=True)  # bfloat16 pairs
+            v_scale = (scales & 0xFFFF0000).to(gl.float32, bitcast=True)
+            x = _joined(s, ST) * (k_scale[:, None] * q_scale[None, :]) + bias[None, :]
+            if SOFTCAP:  # tanh(y) = 1 - 2 / (1 + exp(2 y)); x is in base 2
+                y = _exp2(x * (2.0 / softcap))
+                x = (softcap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + y))
+            seen = (token < length - (page + i) * 128)[:, None]
+            x = gl.where(seen, x, -1e30)
+            # The scaled weight 2^(x - top) * v_scale shall stay below 2^8.
+            weight_log = x + _log2(v_scale)[:, None]
+            new_top = gl.maximum(top, _greatest(gl.where(seen, weight_log, -1e30), m_shared, R, ROW) - 8.0)
+            # All threads have read this page: its place is for the one that is STAGES pages on.
+            inside = i + STAGES < n
+            base = pool_ptr + (id_ahead.to(gl.int64) * H + h) * NBYTES
+            id_ahead = gl.load(ids + page + i + STAGES + 1, mask=i + STAGES + 1 < n, other=0)
+            _copy_matrix(k_low.index(stage), k_high.index(stage), base, inside, K)
+            _copy_matrix(v_low.index(stage), v_high.index(stage), base + VALUES, inside, V)
+            async_copy.async_copy_global_to_shared(
+                scales_shared.index(stage), (base + SCALES).to(u32p, bitcast=True) + one, mask=inside
+            )
+            async_copy.commit_group()
+            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+            fade = _exp2(top - new_top)
+            top = new_top
+            p = _exp2(x - top[None, :])
+            total_weight = total_weight * fade[None, :] + p
+            p_near, p_rest = _near_and_rest(gl.where(seen, p * v_scale[:, None], 0.0))
+            p_shared.permute((1, 0)).store(gl.join(p_near, p_rest).reshape((128, 2 * R)))
+            fence_async_shared()
+            async_copy.wait_group(STAGES - 1)  # the next page is here
+            gl.thread_barrier()
+            o = warpgroup_mma(v, p_shared.permute((1, 0)), zero_o, use_acc=False, max_num_imprecise_acc=128, is_async=True)
+            o = warpgroup_mma_wait(0, [o])
+            acc = acc * gl.convert_layout(fade, gl.SliceLayout(0, OT))[None, :] + _joined(o, OT)
+        weight = gl.sum(total_weight, 0)
+        slot = (program + segment) * rows
+        gl.store(lse_ptr + slot + row, top + gl.log2(weight), mask=row < rows)
+        d = gl.arange(0, D, layout=gl.SliceLayout(1, OT))
+        r = first_row + gl.arange(0, R, layout=gl.SliceLayout(0, OT))
+        inverse = gl.convert_layout(1.0 / weight, gl.SliceLayout(0, OT))
+        gl.store(out_ptr + (slot + r).to(gl.int64)[None, :] * D + d[:, None], acc * inverse[None, :], mask=(r < rows)[None, :])
+        tile += n
+
+
+def _padded(rows: int) -> int:
+    return min(MAX_ROWS, max(4, 1 << (rows - 1).bit_length()))
+
+
+def occupancy(f: Format, rows: int) -> tuple[int, int]:
+    """Programs that fit a multiprocessor, and the registers a thread that lets them."""
+    if f.head_dim <= 128 and _padded(rows) == 4 and max(f.k, f.v) <= 4:
+        return 4, 128
+    return (3, 168) if f.head_dim <= 128 and _padded(rows) <= 8 else (2, 255)
+
+
+def decode_pages(
+    q: Tensor,
+    signs: Tensor | None,
+    centre: Tensor | None,
+    factor: float,
+    pages: Pages,
+    cum: Tensor,
+    k_table: Tensor,
+    v_table: Tensor,
+    out: Tensor,
+    lse2: Tensor,
+    programs: int,
+    softcap: float | None,
+) -> None:
+    """`rotate.project` and `portable.decode_pages` in one launch, with tables (`table`) for levels."""
+    f, (b, _, t, _), rows = pages.format, q.shape, out.shape[1]
+    assert q.stride(-1) == 1
+    padded = _padded(rows)
+    _decode[(programs, -(-rows // padded))](
+        q, q if signs is None else signs, q if centre is None else centre, pages.pool, pages.table, pages.lengths, cum,
+        k_table, v_table, out, lse2, b, pages.pool.shape[1], rows, t, *q.stride()[:3], pages.table.stride(0),
+        factor, 1.0 if softcap is None else softcap, D=f.head_dim, LOG2_D=f.head_dim.bit_length() - 1, K=f.k, V=f.v, R=padded,
+        BATCH=max(16, 1 << (b - 1).bit_length()), ROTATE=signs is not None, CENTRE=centre is not None, SOFTCAP=softcap is not None,
+        STAGES=STAGES, num_warps=4, maxnreg=occupancy(f, rows)[1],
+    )  # fmt: skip
+
+
+def table(levels: Tensor, bits: int) -> Tensor:
+    """`[2, 4]` int32: eight bytes in which `prmt` looks levels up, all or at 4 bits the positive ones, a copy per thread of a quad."""
+    chosen = levels[8:] if bits == 4 else levels
+    raw = torch.zeros(8, dtype=torch.uint8, device=levels.device)
+    if bits <= 4:
+        raw[: len(chosen)] = chosen.to(torch.float8_e4m3fn).view(torch.uint8)
+    return raw.view(torch.int32)[:, None].repeat(1, 4)

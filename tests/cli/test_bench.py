@@ -1,0 +1,67 @@
+"""`kvstack bench`: its options, and what it says without a GPU or with bad ones."""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvstack.cli import bench
+from kvstack.cli.main import BENCH_COMMANDS, app
+
+runner = CliRunner()
+OPTIONS = {"decode": ["shape", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "plot", "quick"]}
+
+
+def invoke(*args: str, code: int = 0) -> Any:
+    result = runner.invoke(app, ["bench", *args], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize("name", BENCH_COMMANDS)
+def test_options(name: str) -> None:
+    module, _, function = BENCH_COMMANDS[name][0].partition(":")
+    assert list(inspect.signature(getattr(import_module(module), function)).parameters) == OPTIONS[name]
+
+
+def test_help_needs_no_gpu() -> None:
+    assert "decode" in invoke("--help").output
+    text = invoke("decode", "--help").output
+    assert all(word in text for word in ("--shape", "--bits", "--peers", "--json", "--plot", "--quick", "256x2048", "turboquant"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--shape", "8x4096", "--shape", "9"], "'9' is no shape"),
+        (["--bits", "4, 9"], "no page format for 9-bit keys"),
+        (["--bits", "k4"], "'k4' are no bits"),
+        (["--head-dim", "80"], "head sizes of 64, 128 and 256"),
+        (["--heads", "30"], "30 query heads cannot share 8"),
+        (["--peers", "sdpa, flash4"], "no peer 'flash4'"),
+        (["--bits", "", "--peers", ""], "nothing to measure"),
+        (["--json", "/dev/null/x.json"], "Give another place"),
+    ],
+)
+def test_bad_options(args: list[str], message: str) -> None:
+    assert message in " ".join(invoke("decode", *args, code=2).stderr.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is one")
+def test_without_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.json"
+    result = invoke("decode", "--quick", "--json", str(path), code=2)
+    assert "no CUDA GPU" in result.stderr and "kvstack doctor" in result.stderr and not path.exists()
+
+
+def test_show_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"B": 1, "N": 4096, "Hq": 32, "Hkv": 8, "D": 128, "name": "kvstack", "bits": "4", "us": 12.5, "tb_s": 1.0, "of_copy": 0.25}
+    row |= {"vs_bf16": 2.0, "vs_fp8": None, "calls": 4, "replays": 5, "error": 1e-4, "detail": "hopper kernel"}
+    bench.show([row], "a title", tmp_path / "r.json", tmp_path / "p.png")
+    text = capsys.readouterr().out
+    assert "a title" in text and "12.5" in text and "25%" in text and f"wrote {tmp_path / 'p.png'}" in text
+    assert (tmp_path / "r.json").exists() and (tmp_path / "p.png").stat().st_size > 1000
