@@ -10,6 +10,7 @@ from kvstack.errors import ArtefactError, BadInputError, KVStackError, RecipeErr
 
 if TYPE_CHECKING:
     from kvstack.hf import Cache
+    from kvstack.hf.generate import generate
     from kvstack.profile import Profile
     from kvstack.recipe import Recipe
 
@@ -22,10 +23,11 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "UnsupportedModelError",
+    "generate",
 ]
 
 # Imported on first use, so that `import kvstack` and `kvstack --help` do not wait for torch and transformers.
-_LAZY = {"Cache": "kvstack.hf", "Profile": "kvstack.profile", "Recipe": "kvstack.recipe"}
+_LAZY = {"Cache": "kvstack.hf", "generate": "kvstack.hf.generate", "Profile": "kvstack.profile", "Recipe": "kvstack.recipe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvstack.bench.contender import Contender, Run, not_capable
 from kvstack.bench.problem import Problem, attention, random_query
 from kvstack.codecs.base import Codec
+from kvstack.codecs.exact import ExactCodec
 from kvstack.codecs.fp8 import Fp8Codec
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
@@ -19,14 +20,14 @@ from kvstack.kernels.reference import Shape
 
 NAME = "kvstack"
 RAGGED = (1, 127, 128, 1000, 5000)
-_SPREAD = 100.0  # standard deviation of random E4M3 numbers, of at most 448
+_SPREAD = 50.0  # standard deviation of random E4M3 numbers, which end at 448 and go on with NaN
 
 
 def contenders(bits: str, head_dim: int) -> list[Contender]:
     """Contenders for a text such as `4, 3, k4v2, 8`. Raises BadInputError or RecipeError for what has no page format."""
     found = []
     for word in filter(None, (w.strip() for w in bits.split(","))):
-        match = re.fullmatch(r"(\d)|k(\d)v(\d)", word)
+        match = re.fullmatch(r"(\d+)|k(\d+)v(\d+)", word)
         if not match:
             raise BadInputError(f"{word!r} are no bits. Give a number such as 4, or one for keys and one for values, such as k4v2.")
         k, v = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
@@ -57,6 +58,8 @@ def _build(f: Format, problem: Problem, device: torch.device) -> Run:
 
 
 def _codec(bits: int, head_dim: int, device: torch.device) -> Codec:
+    if bits == 16:
+        return ExactCodec(head_dim, torch.bfloat16)
     return Fp8Codec(head_dim) if bits == 8 else PolarCodec(rotation(head_dim, 0, device), bits, codebook="e4m3")
 
 
@@ -68,19 +71,31 @@ def random_pages(f: Format, problem: Problem, device: torch.device) -> Pages:
     table = torch.zeros(problem.batch, max(counts), dtype=torch.int32, device=device)
     for row, ids in zip(table, order.split(counts), strict=True):
         row[: len(ids)] = ids
-    pool = torch.randint(0, 256, (len(order), problem.kv_heads, f.nbytes), dtype=torch.uint8, device=device)
-    for bits, part in ((f.k, pool[..., : f.value_offset]), (f.v, pool[..., f.value_offset : f.scale_offset])):
-        if bits == 8:
-            for page in part.split(1024):  # random numbers are four times as large as their codes
-                page.copy_(torch.randn(page.shape, device=device).mul_(_SPREAD).to(torch.float8_e4m3fn).view(torch.uint8))
+    pool = torch.empty(len(order), problem.kv_heads, f.nbytes, dtype=torch.uint8, device=device)
+    scramble(f, pool)
     scales = pool[..., f.scale_offset :].view(torch.bfloat16).unflatten(-1, (PAGE, 2))  # [P, H, 128, (k, v)]
-    scales.uniform_(0.5, 1.5)
-    for i, bits in enumerate((f.k, f.v)):
-        scales[..., i] *= 1 / _SPREAD if bits == 8 else 1.0
     for b, n in enumerate(problem.lengths):
         if n % PAGE:
             scales[table[b, n // PAGE].long(), :, n % PAGE :] = torch.nan
     return Pages(f, pool, table, lengths)
+
+
+def scramble(f: Format, pool: Tensor) -> None:
+    """Fill the pages `[P, H, f.nbytes]` with random codes, and scales with which logits of random queries have a spread of about 1."""
+    for pages in pool.split(1024):  # random numbers are larger than their codes
+        pages.random_(0, 256)
+        for bits, part in ((f.k, pages[..., : f.value_offset]), (f.v, pages[..., f.value_offset : f.scale_offset])):
+            if bits == 8:
+                part.copy_(torch.randn(part.shape, device=pool.device).mul_(_SPREAD).to(torch.float8_e4m3fn).view(torch.uint8))
+            elif bits == 16:
+                part.view(torch.bfloat16).normal_()
+        scales = pages[..., f.scale_offset :].view(torch.bfloat16).unflatten(-1, (PAGE, 2))  # [P, H, 128, (k, v)]
+        scales.uniform_(0.5, 1.5)
+        for i, bits in enumerate((f.k, f.v)):
+            if bits == 8:
+                scales[..., i] *= 1 / _SPREAD
+            elif bits == 16:
+                scales[..., i] = 1
 
 
 def _decoded(body: Body) -> tuple[Tensor, Tensor]:
@@ -88,7 +103,7 @@ def _decoded(body: Body) -> tuple[Tensor, Tensor]:
     *codes, scales = read(body.pages)  # [B, H, N, D], [B, H, N, 2]
     out = []
     for i, (codec, code) in enumerate(zip((body.key, body.value), codes, strict=True)):
-        numbers = codec.levels[code.int()] if isinstance(codec, PolarCodec) else code.view(torch.float8_e4m3fn)
+        numbers = codec.levels[code.int()] if isinstance(codec, PolarCodec) else code.view(codec.fields[0].dtype)
         x = numbers.double() * scales[..., i, None].double()
         out.append((x if codec.transform is None else x @ codec.transform.double()).transpose(1, 2))
     return out[0], out[1]

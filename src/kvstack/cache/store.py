@@ -38,7 +38,7 @@ class LayerStore:
     def __init__(self, recipe: Recipe, batch: int, key: Context, value: Context) -> None:
         self.recipe = recipe
         codecs = recipe.precision.build("key", key), recipe.precision.build("value", value)
-        exact = ExactCodec(key.head_dim, _exact_dtype(recipe, key)), ExactCodec(value.head_dim, _exact_dtype(recipe, value))
+        exact = ExactCodec(key.head_dim, exact_dtype(recipe, key)), ExactCodec(value.head_dim, exact_dtype(recipe, value))
 
         def tier(pair: tuple[Codec, Codec]) -> Tier:
             return Tier(*pair, batch, key.num_heads, key.device)
@@ -164,11 +164,11 @@ def plan_bytes(recipe: Recipe, tokens: int, key: Context, value: Context) -> flo
     block = max(c.block for c in codecs)
     sinks = min(tokens, recipe.sinks)
     body = max(0, tokens - sinks - recipe.window) // block * block
-    exact = sum(c.head_dim * _exact_dtype(recipe, c).itemsize for c in (key, value))
+    exact = sum(c.head_dim * exact_dtype(recipe, c).itemsize for c in (key, value))
     return key.num_heads * ((tokens - body) * exact + body * sum(c.bytes_per_token for c in codecs))
 
 
-def _exact_dtype(recipe: Recipe, ctx: Context) -> torch.dtype:
+def exact_dtype(recipe: Recipe, ctx: Context) -> torch.dtype:
     """Type of sinks and window: the model's own when that has 16 bits or the recipe is lossless, else bfloat16."""
     return ctx.dtype if recipe.precision == Exact() or ctx.dtype.itemsize == 2 else torch.bfloat16
 

@@ -1,11 +1,13 @@
 """`kvstack bench`: speed on this machine's GPU, beside other libraries that are installed, in one process.
 
-`decode`: attention of a decode step. The tables go to the terminal, the rows to a results file (`environment.write_results`), the
-picture to a PNG. What is measured and how is the business of `bench/`.
+`decode`: attention of a decode step. `generate`: a whole model's decode loop. The tables go to the terminal, the rows to a results
+file (`environment.write_results`), the picture to a PNG. What is measured and how is the business of `bench/`.
 """
 
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +15,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from kvstack import artefact
 from kvstack.bench import decode as decoding
+from kvstack.bench import generate as generating
 from kvstack.bench import own, peers, report
 from kvstack.bench.problem import Problem
 from kvstack.environment import write_results
@@ -25,6 +29,7 @@ EXAMPLES = """
 kvstack bench decode
 kvstack bench decode --shape 32x32768 --bits "4, k4v2" --peers "sdpa, flash3"
 kvstack bench decode --json results/decode_h200.json --plot out/decode_h200.png
+kvstack bench generate --shape qwen3-8b --context 32768
 """
 
 
@@ -35,7 +40,7 @@ def decode(
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 128,
-    bits: Annotated[str, typer.Option(help="Our own bits, separated by commas.")] = "4, 3, 2, k4v2, 8",
+    bits: Annotated[str, typer.Option(help="Our own bits, separated by commas.")] = "4, 3, 2, k4v2, 8, 16",
     names: Annotated[str, typer.Option("--peers", help="Other libraries, separated by commas; an empty text for none.")] = ", ".join(
         peers.PEERS
     ),
@@ -55,14 +60,52 @@ def decode(
         if path is not None:
             artefact.check_folder(path.parent)
     device = decoding.gpu()
+    with _progress() as bar:
+        rows = decoding.measure(problems, contenders, device, 5 if quick else 25, bar)
+    show(rows, f"Decode attention on {torch.cuda.get_device_name()}", json_out, plot)
+
+
+def generate(
+    shape: Annotated[
+        str, typer.Option(help=f"Shape of the model: {', '.join(generating.SHAPES)}. Its weights are random.")
+    ] = "qwen3-8b",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help=f"Can be given several times. Default: {'; '.join(generating.RECIPES)}.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=32, help="Tokens in every row of the cache.")] = 32768,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows. Default: as many as fit.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Decode steps that are timed.")] = 33,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
+) -> None:
+    """Measure tokens per second of a model with random weights, each recipe at the largest batch that fits."""
+    if shape not in generating.SHAPES:
+        raise BadInputError(f"There is no shape {shape!r}. Give one of {', '.join(generating.SHAPES)}.")
+    if json_out is not None:
+        artefact.check_folder(json_out.parent)
+    device = decoding.gpu()
+    with _progress() as bar:
+        rows = generating.measure(generating.random_model(shape, device), recipe or generating.RECIPES, context, steps, batch, bar)
+    table = Table(title=f"{shape}, random weights, {context:,} tokens a row, {torch.cuda.get_device_name()}", title_justify="left")
+    for i, head in enumerate(("recipe", "rows", "ms a step", "tokens/s", "x the first", "cache GB", "peak GB")):
+        table.add_column(head, justify="right" if i else "left")
+    for r in rows:
+        speed = r["tokens_per_s"]
+        numbers = f"{r['ms']:.2f}", f"{speed:,.0f}", f"{speed / rows[0]['tokens_per_s']:.2f}"
+        table.add_row(r["recipe"], str(r["batch"]), *numbers, *(f"{r[key] / 1e9:.1f}" for key in ("cache_bytes", "peak_bytes")))
+    console = Console()
+    console.print(table)
+    if json_out:
+        write_results(json_out, shlex.join(["kvstack", *sys.argv[1:]]), rows)
+        console.print(f"wrote {json_out}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by calls with what is done and what there is."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring")
-        replays = 5 if quick else 25
-        rows = decoding.measure(
-            problems, contenders, device, replays, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    show(rows, f"Decode attention on {torch.cuda.get_device_name()}", json_out, plot)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show(rows: list[decoding.Row], title: str, json_out: Path | None, plot: Path | None) -> None:

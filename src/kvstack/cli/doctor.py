@@ -6,6 +6,7 @@ It only looks; it changes and downloads nothing.
 import json
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from kvstack.environment import environment
 from kvstack.errors import KVStackError
+from kvstack.kernels.decode import choose
 from kvstack.lab.registry import bundled_model
 
 EXAMPLES = """
@@ -20,12 +22,11 @@ kvstack doctor
 kvstack doctor --json > environment.json    # to attach to a bug report
 """
 
-ATTENTION = "torch reference: this version has no Triton kernels"
-
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Say what this machine can do, and why."""
-    found = environment() | {"attention": ATTENTION, "bundled_model": "present"}
+    path = choose(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = environment() | {"attention": f"{path.name}: {path.reason}", "bundled_model": "present"}
     remedy = ""
     try:
         bundled_model()

@@ -34,6 +34,7 @@ LAB_COMMANDS = {
 }
 BENCH_COMMANDS = {
     "decode": ("kvstack.cli.bench:decode", "Time attention of a decode step, ours and other libraries'."),
+    "generate": ("kvstack.cli.bench:generate", "A model's decode loop: tokens per second of recipes."),
 }
 EXAMPLES = """
 kvstack doctor

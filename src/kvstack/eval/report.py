@@ -111,20 +111,42 @@ td:first-child,th:first-child{{text-align:left;font-family:monospace}}</style>
 
 
 def markdown(files: Sequence[Path]) -> str:
-    """The compare rows of results files as one page of tables, each with its command and machine."""
+    """The rows of results files as one page of tables, each with its command and machine; files with other rows are left out."""
     parts = ["# Results\n\nMade from `results/*.json` by `make results`; brackets are 95 % intervals."]
     for path in files:
         found = json.loads(path.read_text("utf-8"))
-        rows = [row for row in found["rows"] if "bytes_per_token" in row]
-        if not rows:
+        lines = _lines(found["rows"])
+        if not lines:
             continue
         env = found["environment"]
         machine = f"{env['gpu']['name'] if env['gpu'] else env['cpu']}, torch {env['torch']}, {env['date'][:10]}"
-        cells = [{"tokens": f"{row['tokens']:,}", **_cells(row)} for row in rows]
-        lines = [list(cells[0]), ["---"] * len(cells[0]), *(list(c.values()) for c in cells)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        head = [list(lines[0]), ["---"] * len(lines[0])]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (*head, *(line.values() for line in lines)))
         parts.append(f"## {path.stem}\n\n{machine}\n\n```\n{found['command']}\n```\n\n{table}")
     return "\n\n".join(parts) + "\n"
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Cells of `compare`, `bench decode` and `bench generate` rows under their heads."""
+    if compared := [row for row in rows if "bytes_per_token" in row]:
+        return [{"tokens": f"{row['tokens']:,}", **_cells(row)} for row in compared]
+    if "tokens_per_s" in rows[0] and "context" in rows[0]:
+        first = rows[0]["tokens_per_s"]
+        return [
+            {
+                "recipe": f"`{row['recipe']}`", "context": f"{row['context']:,}", "rows": str(row["batch"]), "ms a step": f"{row['ms']:.1f}",
+                "tokens/s": f"{row['tokens_per_s']:,.0f}", "x": f"{row['tokens_per_s'] / first:.2f}",
+            }
+            for row in rows
+        ]  # fmt: skip
+    if "us" in rows[0]:
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for row in rows:
+            line = lines.setdefault((row["name"], row["bits"]), {"µs": row["name"], "bits": row["bits"]})
+            ratio = "" if row["vs_bf16"] is None else f" ({row['vs_bf16']:.2f}x)"
+            line[f"{row['B']} x {row['N']:,}"] = f"{row['us']:,.1f}{ratio}" if row["us"] else "-"
+        return list(lines.values())
+    return []
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvstack.cache.store import LayerStore
 from kvstack.errors import BadInputError
 from kvstack.eval import metrics
 from kvstack.eval.suite import Batch, SuiteConfig, task_batches, text_batches
@@ -101,6 +102,7 @@ def ratio_of_random(model: Any, recipe: Recipe, tokens: int, profile: Any = None
             k, v = (torch.randn(1, heads, len(chunk), size, dtype=model.dtype, device=model.device) for _ in "kv")
             fresh, _ = layer.update(k, v)
             if isinstance(fresh, Fresh):
+                assert isinstance(fresh.store, LayerStore)
                 fresh.store.append(k, v)
     return cache.ratio
 

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
+from kvstack.cache.static import StaticStore
 from kvstack.cache.store import LayerStore, Prefill
 from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import BadInputError, UnsupportedModelError
@@ -35,7 +36,7 @@ class Fresh:
 
     key: Tensor
     value: Tensor
-    store: LayerStore
+    store: LayerStore | StaticStore
     prefill: Prefill
     layer: int
 
@@ -79,8 +80,11 @@ def attention(
         if dropout:
             raise BadInputError("A compressed cache is for inference. Call model.eval().")
         try:
-            valid = _valid(attention_mask, key)
-            out = key.store.attend(query, key.key, key.value, shape, valid=valid, prefill=key.prefill, sink=s_aux)
+            if isinstance(key.store, StaticStore):
+                out = key.store.attend(query, key.key, key.value, shape, s_aux)
+            else:
+                valid = _valid(attention_mask, key, key.store)
+                out = key.store.attend(query, key.key, key.value, shape, valid=valid, prefill=key.prefill, sink=s_aux)
         except BadInputError as e:
             raise BadInputError(f"Layer {key.layer}: {e}") from e
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
@@ -99,14 +103,14 @@ def attention(
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _valid(mask: Tensor | None, fresh: Fresh) -> Tensor | None:
+def _valid(mask: Tensor | None, fresh: Fresh, store: LayerStore) -> Tensor | None:
     """`[B, T]` bool, false for padding among the new tokens; None when there is none."""
     if mask is None:
         return None
     if mask.ndim != 2:
         raise BadInputError("kvstack takes padding masks [B, tokens], not 4-D attention masks. Pass the mask that the tokenizer gives.")
     t = fresh.key.shape[2]
-    if not torch.equal(mask[:, :-t].sum(1).cpu(), fresh.store.lengths):
+    if not torch.equal(mask[:, :-t].sum(1).cpu(), store.lengths):
         raise BadInputError("The mask hides tokens that are cached already. Use a new cache, or pass the mask that they came with.")
     valid = mask[:, -t:].bool()
     return None if bool(valid.all()) else valid

@@ -1,20 +1,19 @@
-"""What a kernel that encodes must know of a codec, as constants to compile in: nearest levels and squares without comparisons or tables.
+"""What an encoding kernel must know of a codec, as constants to compile in: nearest levels without comparisons, squares without tables.
 
 A codebook is symmetric: a code is a sign and a magnitude 0, 1, ..., counted from zero outwards. The magnitude of y is the number of
-positive edges below |y|, and a polynomial through the points (edge k, k + 1/2) that rises from edge to edge counts them, when its value is
-rounded: one multiply-add per edge. Squared levels are a polynomial in the bits of the magnitude, so that their sum over a vector is a
-sum of counts of bits. Polynomials are written for Horner, the highest power first.
+positive edges below |y|. A polynomial through the points (edge k, k + 1/2) that rises from edge to edge gives it, rounded, with one
+multiply-add per edge. Squared levels are a polynomial in the bits of the magnitude, so that their sum over a vector is a weighted sum
+of counts of bits. Coefficients are in the order of Horner, the highest power first.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
 from numpy.typing import NDArray
 
 from kvstack.codecs.polar import _CANDIDATES, PolarCodec
-
-Floats = NDArray[np.float64]
 
 UNIT = 2.0**18  # of squared levels in integers: 256 squares of levels up to 4 fit 32 bits
 _AT_ZERO = -0.45  # the least that P may be at 0, where it must not round to -1
@@ -70,12 +69,12 @@ def book(codec: PolarCodec) -> Book:
     )
 
 
-def _through(x: Floats, y: Floats) -> Polynomial:
+def _through(x: NDArray[Any], y: NDArray[Any]) -> Polynomial:
     """The polynomial of the least degree through some points."""
     return Polynomial(np.linalg.solve(np.vander(x, increasing=True), y))
 
 
-def _ladder(edges: Floats) -> tuple[tuple[float, ...], float, float]:
+def _ladder(edges: NDArray[Any]) -> tuple[tuple[float, ...], float, float]:
     """Coefficients of P, origin and cap for the positive edges.
 
     The origin is where P is a whole number in the middle of its range: the constant is then exact, and rounding errors are small.

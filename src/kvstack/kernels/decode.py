@@ -50,6 +50,11 @@ class Body:
         """The kernel that will read it."""
         return choose(self.pages.pool.device, self.key, self.value)
 
+    @property
+    def half(self) -> torch.dtype:
+        """Type of the numbers of a side with 16 bits."""
+        return next((c.dtype for c in (self.key, self.value) if isinstance(c, ExactCodec)), torch.bfloat16)
+
     @cached_property
     def signs(self) -> tuple[Tensor | None, Tensor | None]:
         """Signs `[D]` of the rotations of K and V."""
@@ -60,7 +65,8 @@ class Body:
     @cached_property
     def levels(self) -> tuple[Tensor, Tensor]:
         """Levels `[2 ** bits]` float32 of K and V; with 8 bits the codes are numbers, and nobody looks at levels."""
-        key, value = (c.levels if isinstance(c, PolarCodec) else self.cum.new_zeros(8, dtype=torch.float32) for c in (self.key, self.value))
+        none = self.cum.new_zeros(8, dtype=torch.float32)
+        key, value = (c.levels if isinstance(c, PolarCodec) else none for c in (self.key, self.value))
         return key, value
 
     @cached_property
@@ -105,7 +111,7 @@ def choose(device: torch.device, *codecs: Codec) -> Path:
         return Path("portable", f"{torch.cuda.get_device_name(device)} is no Hopper GPU (sm_90)")
     if any(isinstance(c, PolarCodec) and not torch.equal(c.levels.to(torch.float8_e4m3fn).float(), c.levels) for c in codecs):
         return Path("portable", "the codebook is not of E4M3 numbers; `polar(codebook=e4m3)` is faster")
-    return Path("hopper", "Hopper GPU, codebooks of E4M3 numbers")
+    return Path("hopper", "Hopper GPU, and numbers that its tensor cores take")
 
 
 def decode(
@@ -139,7 +145,7 @@ def decode(
             q.new_empty(programs + segments, rows, dtype=torch.float32),
         )
         if path.name == "hopper":
-            hopper.decode_pages(*query, pages, cum, *body.tables, *parts, programs, shape.softcap)
+            hopper.decode_pages(*query, pages, cum, *body.tables, *parts, programs, shape.softcap, body.half)
         else:
             portable.decode_pages(*project(*query, heads), pages, cum, *body.levels, *parts, programs, shape.softcap)
         signs, centre = body.signs[1], body.value.centre
@@ -158,17 +164,20 @@ def _decode_reference(q: Tensor, body: Body | None, exact: Exact | None, shape: 
     parts = []
     if body is not None:
         k, v, scales = read(body.pages)
-        sides = (Side(codec, _codes(codec, x, scales[..., i])) for i, (codec, x) in enumerate(((body.key, k), (body.value, v))))
+        key = Side(body.key, _codes(body.key, k, scales[..., 0]))
+        value = Side(body.value, _codes(body.value, v, scales[..., 1]))
         below = torch.arange(k.shape[2], device=q.device) < body.pages.lengths[:, None, None]
-        parts.append(reference.attend(q, *sides, below, shape))
+        parts.append(reference.attend(q, key, value, below, shape))
     if exact is not None:
-        sides = (Side(ExactCodec(x.shape[-1], x.dtype), (x,)) for x in (exact.k, exact.v))
-        parts.append(reference.attend(q, *sides, exact.seen, shape))
+        key, value = (Side(ExactCodec(x.shape[-1], x.dtype), (x,)) for x in (exact.k, exact.v))
+        parts.append(reference.attend(q, key, value, exact.seen, shape))
     return reference.merge(parts, sink).out.to(q.dtype)
 
 
 def _codes(codec: Codec, index: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     """Codes of a page as the codec holds them."""
+    if isinstance(codec, ExactCodec):
+        return (index.view(codec.dtype),)
     if isinstance(codec, Fp8Codec):
         return index.view(torch.float8_e4m3fn), scale
     assert isinstance(codec, PolarCodec)

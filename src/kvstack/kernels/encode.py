@@ -1,29 +1,29 @@
-"""Vectors into pages: what `PolarCodec` and `Fp8Codec` encode and `pages.write` stores, fused into one kernel for K and V.
+"""Vectors into pages: what `PolarCodec` and `Fp8Codec` encode and `pages.write` stores, in one kernel for K and V.
 
-Nearly every instruction of this kernel is spent per element, so that is what it is built around. For a tile of tokens x `[T, D]`:
+Its time goes into instructions per element, so that is what it is built around. For a tile of tokens x `[T, D]`:
 
-    rotate      y = x @ M by the tensor core, M = +-1 the signed Hadamard matrix without its 1/sqrt(D): exact in 16 bits. An 8-bit side
-                has M = the identity. The columns of M stand in such an order that the columns of y that one thread of a tensor-core
-                accumulator holds are the eight codes of a 32-bit word of the page, and packing needs no exchange
-    quantise    magnitude = round(P(min(|y| / |x|, cap))): P is a polynomial through the edges of the codebook, P(edge k) = k + 1/2,
-                which rises from edge to edge, so it counts the edges below |y| in one fused multiply-add per edge and no comparison
-    pack        P ends in a large number, whose addition leaves the rounded magnitude in the low bits: a word of eight nibbles is a Horner
-                scheme in integers, and eight signs are shifted in from the top
-    scale       the squares of the levels are summed by counting bits of those words: a function of three bits is a polynomial in them
-    transpose   words of K go to the page as they are. Those of V hold eight coordinates of a token; eight tokens' words are transposed,
-                nibble by nibble, into words of eight tokens of one coordinate
+    rotate      y = x @ M' on the matrix units. M is the signed Hadamard matrix without its 1 / sqrt(D), +-1 and so exact in 16 bits;
+                for 8-bit codes it is the identity. Columns of y come in an order in which one thread holds the codes of a 32-bit word
+                of the page, so that packing exchanges nothing (`_order`)
+    quantise    magnitude = round(P(min(|y| / |x|, cap))), with a polynomial P that counts the edges below its argument (`book`)
+    pack        P ends with the addition of a large number, which leaves the rounded magnitude in the low bits. Eight of them make a
+                word by a Horner scheme in integers, eight signs are shifted in from the top: one instruction each
+    scale       the sum of the squared levels is a weighted sum of counts of bits of those words (`book`)
+    transpose   words of K go to the page as they are. Words of V hold eight coordinates of one token; those of eight tokens are
+                transposed, nibble by nibble, into words of eight tokens of one coordinate
 
-A nibble is the magnitude, counted from zero outwards, and in bit 3 the sign (1 is negative); `_page_words` makes the page's fields of it.
+A nibble is a magnitude, counted from zero outwards, with the sign in bit 3 (1 is negative).
 
-Every word of V belongs to one program: its *span* of 128 tokens or more, which it walks in tiles, so that neighbours' bits are merged
-without atomics, and words without neighbours are not read. The grid depends on shapes alone.
+Every word of V belongs to one program: to its span of a multiple of 128 tokens, which it walks tile by tile. So neighbours' bits are
+kept without atomics; words without neighbours are not read. The grid depends on shapes alone.
 
-Codes differ from the codec's only where a coordinate lies on an edge up to the rounding of float32 (exact zeros count as positive).
-Vectors of norms below 1e-18 or above 1e18 leave the range in which squares fit float32. A vector with NaN or Inf gets a scale of NaN or
-Inf and any codes; other vectors are not touched. Looking for such vectors is the caller's.
+Codes differ from the codec's only where a coordinate lies on an edge up to float32 rounding (a zero counts as positive), which small
+and large tiles may round differently. Norms below 1e-18 or above 1e18 leave the range where squares fit float32. A vector with a NaN
+or an Inf gets codes and a scale that mean nothing; other vectors do not notice. Looking for those is the caller's.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,35 +46,48 @@ BIAS = tl.constexpr(0x4B400000 * 0x11111111 % 2**32)  # what eight of its bit pa
 
 @dataclass(frozen=True)
 class Config:
-    """tile: tokens that are encoded at once, 32 or 128. span: tokens of a row that one program walks, a multiple of 128. chunk: coordinates
-    that are multiplied at once; below D the matrix is not kept, but read for every tile."""
+    """tile: tokens that are encoded at once, 32 or 128. span: tokens of a row that one program walks, a multiple of 128. chunk:
+    coordinates that are multiplied at once; below D the matrix is not kept, but read for every tile. registers: of a thread, at most;
+    None is what the compiler likes. fragment: see `_order`. stages: of buffers for loads."""
 
     tile: int
     span: int
     chunk: int
     warps: int
+    registers: int | None
+    fragment: str
+    stages: int = 1  # two programs hide each other's loads; more buffers would leave room for one
 
 
-def config(n: int, head_dim: int, dtype: torch.dtype, shared: int) -> Config:
-    """How `n` tokens are encoded on a device with `shared` bytes of shared memory per program.
+@dataclass(frozen=True)
+class Machine:
+    """shared: bytes of shared memory that a program may have. kind: of matrix units: mma (NVIDIA), wgmma (from Hopper), mfma (AMD)."""
+
+    shared: int
+    kind: str
+
+
+def config(n: int, head_dim: int, dtype: torch.dtype, machine: Machine) -> Config:
+    """How `n` tokens are encoded.
 
     Many: whole pages, four of them to a program, which reads the matrix once. A thread of 8 warps holds 64 numbers of `y`, and two such
     programs fill the registers of a multiprocessor. Few: small tiles.
     """
-    if dtype == torch.float32 or n <= 32:
-        tile, span, warps = 32, PAGE, head_dim // 32
-    else:
-        tile, span, warps = PAGE, 4 * PAGE, head_dim // 16
-    fits = (tile + head_dim) * head_dim * dtype.itemsize <= shared
-    return Config(tile, span, head_dim if fits and dtype.itemsize == 2 else 32, max(warps, 4))
+    many = n > 32 and dtype.itemsize == 2
+    tile, span, warps = (PAGE, 4 * PAGE, head_dim // 16) if many else (32, PAGE, head_dim // 32)
+    whole = dtype.itemsize == 2 and (tile + head_dim) * head_dim * 2 <= machine.shared
+    fragment = "mma" if machine.kind == "wgmma" and not many else machine.kind  # 32 rows are too few for wgmma
+    return Config(tile, span, head_dim if whole else 32, max(warps, 4), 128 if many and machine.kind != "mfma" else None, fragment)
 
 
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; as many as it likes in the interpreter."""
-    if device.type != "cuda":
-        return 2**31
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 2**16))
+@cache
+def _machine(device: torch.device) -> Machine:
+    if device.type != "cuda":  # the interpreter
+        return Machine(2**31, "mma")
+    shared = int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16))
+    if torch.version.hip:
+        return Machine(shared, "mfma")
+    return Machine(shared, "wgmma" if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)) else "mma")
 
 
 def encode(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts: Tensor, counts: Tensor) -> None:
@@ -84,7 +97,7 @@ def encode(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts:
     format says. starts, counts: `[B]` int32 on the device, not read on the host; the table must have pages for what is written. The
     lengths are the caller's. The first call with a codec waits for its tables; later ones wait for nothing and can be captured.
     """
-    launch(k, v, key, value, pages, starts, counts, config(k.shape[2], k.shape[3], k.dtype, _shared(k.device)))
+    launch(k, v, key, value, pages, starts, counts, config(k.shape[2], k.shape[3], k.dtype, _machine(k.device)))
 
 
 def launch(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts: Tensor, counts: Tensor, how: Config) -> None:
@@ -123,49 +136,52 @@ def launch(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts:
         TILE=how.tile,
         SPAN=how.span,
         CHUNK=how.chunk,
+        FRAGMENT=how.fragment,
         PRECISION="ieee" if torch.version.hip else "tf32x3",  # of float32 operands: 22 bits of x, and +-1 is exact
         num_warps=how.warps,
-        num_stages=1,  # two programs hide each other's loads; more buffers would leave room for one
+        num_stages=how.stages,
+        **({} if how.registers is None else {"maxnreg": how.registers}),
     )
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """book; matrix: `[D, D]` of what x is multiplied with, rows are outputs. shift: the centre's image `[H, D]` float32, or the matrix."""
+    """matrix: `[D, D]`, x is multiplied with its rows. shift: the centre after that, `[H, D]` float32; anything without a centre."""
 
     book: Book
     matrix: Tensor
     shift: Tensor
 
 
-_CACHE: WeakKeyDictionary[Codec, dict[torch.dtype, _Tables]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[Codec, dict[tuple[torch.dtype, torch.device], _Tables]] = WeakKeyDictionary()
 
 
 def _tables(codec: Codec, bits: int, x: Tensor) -> _Tables:
-    held, dtype = _CACHE.setdefault(codec, {}), x.dtype
-    if dtype not in held:
-        held[dtype] = _make_tables(codec, x)
-    assert held[dtype].book.bits == bits, f"a codec of {held[dtype].book.bits} bits for pages of {bits}"
-    return held[dtype]
+    """What the kernel needs of a codec to encode `x`, made once."""
+    held, kind = _CACHE.setdefault(codec, {}), (x.dtype, x.device)
+    if kind not in held:
+        held[kind] = _make_tables(codec, x)
+    tables = held[kind]
+    assert tables.book.bits == bits, f"a codec of {tables.book.bits} bits for pages of {bits}"
+    return tables
 
 
 def _make_tables(codec: Codec, x: Tensor) -> _Tables:
-    head_dim, dtype, device = x.shape[3], x.dtype, x.device
     if isinstance(codec, Fp8Codec):
-        identity = torch.eye(head_dim, dtype=dtype, device=device)
+        identity = torch.eye(x.shape[3], dtype=x.dtype, device=x.device)
         return _Tables(Book(8), identity, identity)
-    assert isinstance(codec, PolarCodec)
-    matrix = codec.transform * head_dim**0.5
-    signs = matrix.round()
-    assert torch.allclose(matrix, signs, atol=1e-4) and bool((signs.abs() == 1).all()), "the transform is no signed Hadamard matrix"
-    shift = signs if codec.centre is None else (codec.centre.double() @ signs.T.double()).float().contiguous()
-    return _Tables(book.book(codec), signs.to(dtype), shift)
+    assert isinstance(codec, PolarCodec) and codec.transform is not None
+    matrix = codec.transform.double() * x.shape[3] ** 0.5
+    signs = matrix.sign()
+    assert torch.allclose(matrix, signs, atol=1e-4), "the transform is no signed Hadamard matrix"
+    shift = signs if codec.centre is None else codec.centre.double() @ signs.T
+    return _Tables(book.book(codec), signs.to(x.dtype), shift.float().contiguous())
 
 
 # --- the kernel ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "table_b"])  # they change with the length of a prompt
 def encode_kernel(
     k_ptr,
     v_ptr,
@@ -195,6 +211,7 @@ def encode_kernel(
     TILE: tl.constexpr,
     SPAN: tl.constexpr,
     CHUNK: tl.constexpr,
+    FRAGMENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One span of K or V of one head of one row."""
@@ -206,20 +223,20 @@ def encode_kernel(
     low = (start // SPAN + pid % spans) * SPAN
     first = tl.maximum(low, start // TILE * TILE)
     last = tl.minimum(low + SPAN, end)
-    if first < last:
+    if (first < last) & (start < end):
         table += b.to(tl.int64) * table_b
         pool += h.to(tl.int64) * PAGE_BYTES
         if pid // spans % 2 == 0:
             k_ptr += b.to(tl.int64) * k_b + h.to(tl.int64) * k_h
             _side(
                 k_ptr, k_n, k_matrix, k_shift + h * D, pool, H, table, first, last, start, end,
-                D, KEY, False, 0, SCALES_AT, PAGE_BYTES, TILE, CHUNK, PRECISION,
+                D, KEY, False, 0, SCALES_AT, PAGE_BYTES, TILE, CHUNK, FRAGMENT, PRECISION,
             )  # fmt: skip
         else:
             v_ptr += b.to(tl.int64) * v_b + h.to(tl.int64) * v_h
             _side(
                 v_ptr, v_n, v_matrix, v_shift + h * D, pool, H, table, first, last, start, end,
-                D, VALUE, True, VALUES_AT, SCALES_AT + 2, PAGE_BYTES, TILE, CHUNK, PRECISION,
+                D, VALUE, True, VALUES_AT, SCALES_AT + 2, PAGE_BYTES, TILE, CHUNK, FRAGMENT, PRECISION,
             )  # fmt: skip
 
 
@@ -227,13 +244,11 @@ def encode_kernel(
 def _side(
     x_ptr, stride, matrix, shift, pool, H, table, first, last, start, end,
     D: tl.constexpr, BOOK: tl.constexpr, TRANSPOSE: tl.constexpr, CODES_AT: tl.constexpr, SCALES_AT: tl.constexpr,
-    PAGE_BYTES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FRAGMENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tiles from token `first` to token `last` of K, or with TRANSPOSE of V; `x_ptr` is token `start`."""
     c = tl.arange(0, D)
-    low: tl.constexpr = D // 64 if TILE == 128 else D // 32  # steps between t and i1; see `_threads`
-    step, h, i1 = c // (32 * low) * low + c // 8 % low, c // (16 * low) % 2, c // (8 * low) % 2
-    column = step * 32 + h * 16 + c % 8 // 2 * 4 + i1 * 2 + c % 2  # in the page, of column c of y
+    column = _order(c, D // 32, FRAGMENT)
     if CHUNK == D:
         m = tl.load(matrix + c[:, None] + column[None, :] * D)
     for tile in tl.range(first, last, TILE):
@@ -253,9 +268,9 @@ def _side(
             y -= tl.load(shift + column)[None, :]
         page = pool + tl.load(table + tile // 128).to(tl.int64) * (H * PAGE_BYTES)
         if BOOK.bits == 8:
-            words, scale = _bytes(y, TILE, D)
+            words, scale = _bytes(y, FRAGMENT, TILE, D)
         else:
-            words, scale = _nibbles(y, BOOK, TRANSPOSE, TILE, D)
+            words, scale = _nibbles(y, BOOK, TRANSPOSE, FRAGMENT, TILE, D)
         place = tile % 128 + tl.arange(0, TILE)
         scales = (page + SCALES_AT).to(tl.pointer_type(tl.uint16))
         tl.store(scales + place * 2, _bfloat16(scale), mask=ours)
@@ -270,8 +285,8 @@ def _side(
 
 
 @triton.jit
-def _nibbles(y, BOOK: tl.constexpr, TRANSPOSE: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
-    """Words `[T, D / 32, 4]` of the nibbles of `y [T, D]`, and the scale of every vector `[T]`. Signs of 4-bit K are in the page's order."""
+def _nibbles(y, BOOK: tl.constexpr, TRANSPOSE: tl.constexpr, FRAGMENT: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+    """Words `[T, D / 32, 4]` of the nibbles of `y [T, D]`, with signs in the page's places for 4-bit K, and scales `[T]`."""
     S: tl.constexpr = D // 32
     square = tl.sum(y * y, 1)
     safe = tl.maximum(square, TINY) * (1 / D)
@@ -288,9 +303,9 @@ def _nibbles(y, BOOK: tl.constexpr, TRANSPOSE: tl.constexpr, T: tl.constexpr, D:
             best = tl.maximum(cosine, best)
         norm = 1 / factor
     rank = _rank(y, factor, norm, BOOK)
-    m0, m1, m2, m3, m4, m5, m6, m7 = _split8(_threads(rank.to(tl.uint32, bitcast=True), T, S))
+    m0, m1, m2, m3, m4, m5, m6, m7 = _split8(_threads(rank.to(tl.uint32, bitcast=True), T, S, FRAGMENT))
     magnitude = ((((((m7 * 16 + m6) * 16 + m5) * 16 + m4) * 16 + m3) * 16 + m2) * 16 + m1) * 16 + m0 - BIAS
-    s0, s1, s2, s3, s4, s5, s6, s7 = _split8(_threads(y.to(tl.uint32, bitcast=True), T, S))
+    s0, s1, s2, s3, s4, s5, s6, s7 = _split8(_threads(y.to(tl.uint32, bitcast=True), T, S, FRAGMENT))
     if BOOK.bits == 4 and not TRANSPOSE:
         sign = _top(_top(_top(_top(_top(_top(_top(s3 >> 28, s7), s2), s6), s1), s5), s0), s4)
     else:
@@ -302,10 +317,7 @@ def _nibbles(y, BOOK: tl.constexpr, TRANSPOSE: tl.constexpr, T: tl.constexpr, D:
     else:
         z = _level(rank, BOOK)
         dot = tl.sum(tl.abs(y) * z, 1) * inverse
-        if BOOK.rule == "unbiased":
-            scale = tl.sqrt(square) / tl.maximum(dot, 0.5)
-        else:
-            scale = tl.sqrt(square) / D * dot / tl.sum(z * z, 1)
+        scale = tl.sqrt(square) * (1 / tl.maximum(dot, 0.5) if BOOK.rule == "unbiased" else dot / (tl.sum(z * z, 1) * D))
     return (magnitude & 0x77777777) | (sign & 0x88888888), scale
 
 
@@ -373,7 +385,7 @@ def _top(word, x):
 
 
 @triton.jit
-def _bytes(y, T: tl.constexpr, D: tl.constexpr):
+def _bytes(y, FRAGMENT: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
     """Words `[T, D / 32, 2 (h), 4 (t)]` of four E4M3 numbers of `y [T, D]`, and the scale of every vector `[T]`."""
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), 1), 448.0), 1.1754943508222875e-38)  # the least normal number
     scale = (_bfloat16(scale).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -386,7 +398,7 @@ def _bytes(y, T: tl.constexpr, D: tl.constexpr):
     size = size.to(tl.uint32, bitcast=True)
     normal = (size + 0x7FFFF + (size >> 20 & 1) >> 20) - (120 << 3)
     code = tl.where(size < 0x3C800000, small, normal) | (bits >> 24 & 0x80)
-    q0, q1, q2, q3 = _split4(tl.permute(_threads(code, T, D // 32), [0, 1, 3, 2, 4, 5]))
+    q0, q1, q2, q3 = _split4(tl.permute(_threads(code, T, D // 32, FRAGMENT), [0, 1, 3, 2, 4, 5]))
     return q0 | q1 << 8 | q2 << 16 | q3 << 24, scale
 
 
@@ -541,15 +553,30 @@ def _plane(fields, STEPS: tl.constexpr, s):
 
 
 @triton.jit
-def _threads(x, T: tl.constexpr, S: tl.constexpr):
-    """Columns of `x [T, D]` by the words that they belong to: `[T, s, t, h, i1, i0]`.
+def _order(c, S: tl.constexpr, FRAGMENT: tl.constexpr):
+    """The page's columns `c [D]` in the order of y.
 
-    Their order is (s high, h, i1, s low, t, i0): warps that share the columns of an accumulator differ in its lowest bits above t, or
-    in its highest, and so in s. s high is one bit of large tiles.
+    A thread should hold all (h, i1, i0) of a word. In an accumulator, the lowest bit of the column and the bits above the four threads
+    t are registers; warps that share the columns differ in the lowest bits above t ("mma") or in the highest ("wgmma"), so these are
+    bits of s. Threads of an AMD accumulator ("mfma") hold four neighbours.
     """
-    high: tl.constexpr = 2 if T == 128 else 1
-    x = tl.permute(tl.reshape(x, [T, high, 2, 2, S // high, 4, 2]), [0, 1, 4, 5, 2, 3, 6])
-    return tl.reshape(x, [T, S, 4, 2, 2, 2])
+    if FRAGMENT == "mfma":
+        return c
+    else:
+        high: tl.constexpr = 2 if FRAGMENT == "wgmma" else 1
+        c = tl.reshape(c, [high, S // high, 2, 4, 2, 2])  # s, s, h, t, i1, i0
+        return tl.reshape(tl.permute(c, [0, 2, 4, 1, 3, 5]), [32 * S])
+
+
+@triton.jit
+def _threads(x, T: tl.constexpr, S: tl.constexpr, FRAGMENT: tl.constexpr):
+    """Columns of `x [T, D]`, which are in the order of `_order`, by the words that they belong to: `[T, s, t, h, i1, i0]`."""
+    if FRAGMENT == "mfma":
+        return tl.permute(tl.reshape(x, [T, S, 2, 4, 2, 2]), [0, 1, 3, 2, 4, 5])
+    else:
+        high: tl.constexpr = 2 if FRAGMENT == "wgmma" else 1
+        x = tl.permute(tl.reshape(x, [T, high, 2, 2, S // high, 4, 2]), [0, 1, 4, 5, 2, 3, 6])
+        return tl.reshape(x, [T, S, 4, 2, 2, 2])
 
 
 @triton.jit

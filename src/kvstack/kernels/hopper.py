@@ -1,7 +1,7 @@
 """Decode attention over pages on Hopper (sm_90), in Gluon: the tensor core eats the codes, memory is the only limit.
 
-It computes what `rotate.project` and `portable.decode_pages` compute, for codebooks of E4M3 numbers: 2, 3, 4 or 8 bits a side and head
-sizes 64, 128, 256.
+It computes what `rotate.project` and `portable.decode_pages` compute, for codebooks of E4M3 numbers: 2, 3, 4, 8 or 16 bits a side
+and head sizes 64, 128, 256.
 
 Operands are swapped: S^T = K Q^T and O^T = V^T P^T, so that the large operand is A, which Hopper's `wgmma` takes from registers. A page
 is laid out so that every thread reads with 16-byte accesses exactly the codes of its fragment; one byte permutation (`prmt`) turns four
@@ -12,7 +12,8 @@ left over. So q and the probabilities keep 8 bits of mantissa at no cost, since 
 Neighbouring columns are in one thread, which adds them up after the product.
 
 `wgmma` sums E4M3 products in less than fp32 precision, so a product covers one page and pages are added up in fp32. Probabilities are
-scaled by the V scale and by 2^8 over their running maximum, which keeps them in the normal range of E4M3.
+scaled by the V scale and by 2^8 over their running maximum, which keeps them in the normal range of E4M3. Numbers of 16 bits are taken
+as they are, with queries and probabilities of 16 bits and what their rounding leaves.
 
 `reference.attend` is its twin.
 """
@@ -25,12 +26,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kvstack.kernels.pages import Format, Pages
+from kvstack.kernels.pages import PAGE, Format, Pages
 
 MAX_ROWS = 16  # query rows of one program; more go to more programs, which read the page again
-STAGES = 2  # pages in flight, and in shared memory
+SHARED = 227 * 1024  # bytes of shared memory of a multiprocessor
 
-# Two words of selectors in, E4M3 numbers out. $n: outputs, then words, then the table.
+_TWO = gl.constexpr((gl.int32,) * 2)
+_FOUR = gl.constexpr((gl.int32,) * 4)
+
+# Words of codes in, E4M3 numbers out. $n: outputs, then words, then the table.
 _UNPACK4 = gl.constexpr(
     """{
     .reg .b32 a, b;
@@ -96,12 +100,12 @@ def _paired(rows: int, columns: int) -> Any:
 
 
 @gluon.constexpr_function
-def _query(rows: int) -> Any:
-    """Layout of queries `[rows, D]`: a row in one warp, two neighbouring numbers in one thread.
+def _query(rows: int, bits: int) -> Any:
+    """Layout of queries `[rows, D]`: a row in one warp, and 2 bytes of what is stored of it in one thread.
 
-    With four, Triton 3.6 stores their E4M3 bytes by `stmatrix`, and to other places than where the product reads.
+    With four bytes Triton 3.6 stores by `stmatrix`, and E4M3 numbers to other places than where the product reads.
     """
-    return gl.BlockedLayout([rows // 4, 2], [1, 32], [4, 1], [1, 0])
+    return gl.BlockedLayout([rows // 4, 1 if bits == 16 else 2], [1, 32], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -123,39 +127,34 @@ def _log2(x):
 
 @gluon.jit
 def _copy(shared, base, mask):
-    """Start to copy a plane of words at `base` into `shared [ROWS, 4, W]`."""
-    ROWS: gl.constexpr = shared.shape[0]
-    W: gl.constexpr = shared.shape[2]
-    L: gl.constexpr = _fragment(ROWS, W)
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
-    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
-    word = gl.arange(0, W, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
-    offset = row[:, None, None] * (4 * W) + thread[None, :, None] * W + word[None, None, :]
+    """Start to copy a plane of words at `base` into `shared [words]`, 16 bytes a thread at a time."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    offset = gl.arange(0, shared.shape[0], layout=L)
     async_copy.async_copy_global_to_shared(shared, base.to(gl.pointer_type(gl.int32), bitcast=True) + offset, mask=mask)
 
 
 @gluon.jit
-def _copy_matrix(low, high, base, mask, BITS: gl.constexpr):
-    """Start to copy a packed matrix: its only plane into `low`, or with 3 bits its second into `high`."""
-    _copy(low, base, mask)
-    if BITS == 3:
-        _copy(high, base + low.shape[0] * low.shape[2] * 16, mask)
+def _copy_page(
+    k_low, k_high, v_low, v_high, scales, base, mask,
+    K: gl.constexpr, V: gl.constexpr, VALUES: gl.constexpr, SCALES: gl.constexpr,
+):  # fmt: skip
+    """Start to copy the page at `base`. High planes are looked at with 3 bits only."""
+    _copy(k_low, base, mask)
+    if K == 3:
+        _copy(k_high, base + k_low.shape[0] * 4, mask)
+    _copy(v_low, base + VALUES, mask)
+    if V == 3:
+        _copy(v_high, base + VALUES + v_low.shape[0] * 4, mask)
+    one = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    async_copy.async_copy_global_to_shared(scales, (base + SCALES).to(gl.pointer_type(gl.uint32), bitcast=True) + one, mask=mask)
+    async_copy.commit_group()
 
 
 @gluon.jit
-def _load_matrix(low, high, BITS: gl.constexpr):
-    """The words of a packed matrix that this thread is to unpack; without a second plane a dummy in its place."""
-    words = low.load(_fragment(low.shape[0], low.shape[2]))
-    if BITS == 3:
-        return words, high.load(_fragment(high.shape[0], high.shape[2]))
-    else:
-        return words, 0
-
-
-@gluon.constexpr_function
-def _planes(bits: int, columns: int) -> tuple[int, int]:
-    """Words per thread and row in the first and in the second plane of a matrix; a plane that is not there has one."""
-    return (columns // 64, columns // 128) if bits == 3 else (columns * bits // 128, 1)
+def _read(plane, ROWS: gl.constexpr):
+    """A thread's words `[ROWS, 4, W]` of a plane."""
+    W: gl.constexpr = plane.shape[0] // (4 * ROWS)
+    return plane.reshape((ROWS, 4, W)).load(_fragment(ROWS, W))
 
 
 @gluon.jit
@@ -165,53 +164,48 @@ def _bytes(w):
 
 
 @gluon.jit
-def _unpack(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, L: gl.constexpr):
-    """Words of `_load` as the E4M3 operand `[ROWS, COLUMNS]` in layout `L`. t0, t1: the table, four levels each."""
-    W: gl.constexpr = _fragment(ROWS, COLUMNS // 128 if BITS == 3 else COLUMNS * BITS // 128)
-    t0 = gl.convert_layout(t0, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
-    t1 = gl.convert_layout(t1, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
-    if BITS == 8:
-        x = low
-    elif BITS == 4:
-        x = gl.join(
-            *gl.inline_asm_elementwise(_UNPACK4, "=r,=r,r,r,r", [low, t0, t1], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-        )
-    elif BITS == 2:
-        a, b, c, d = gl.inline_asm_elementwise(
-            _UNPACK2, "=r,=r,=r,=r,r,r", [low, t0], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-        )
-        x = gl.join(gl.join(a, c), gl.join(b, d))  # [..., step, half]
-    else:
-        first, second = gl.split(low.reshape((ROWS, 4, COLUMNS // 128, 2)))
-        first, second = gl.convert_layout(first, W), gl.convert_layout(second, W)
-        a, b, c, d = gl.inline_asm_elementwise(
-            _UNPACK3,
-            "=r,=r,=r,=r,r,r,r,r",
-            [first, high << 2, t0, t1],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )
-        x = gl.join(gl.join(a, c), gl.join(b, d))
-        a, b, c, d = gl.inline_asm_elementwise(
-            _UNPACK3,
-            "=r,=r,=r,=r,r,r,r,r",
-            [second, high, t0, t1],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )
-        x = gl.join(x, gl.join(gl.join(a, c), gl.join(b, d))).permute((0, 1, 2, 5, 3, 4))
-    x = _bytes(x).reshape((ROWS, 4, COLUMNS // 32, 2, 4))  # [row, t, s, h, i]
-    x = x.permute((0, 2, 3, 1, 4)).reshape((ROWS, COLUMNS)).to(gl.float8e4nv, bitcast=True)
-    return gl.convert_layout(x, L)
+def _halves(w, TYPE: gl.constexpr):
+    """`[...]` words as `[..., 2]` numbers of 16 bits in memory order."""
+    return gl.join(w.to(gl.int16), (w >> 16).to(gl.int16)).to(TYPE, bitcast=True)
 
 
 @gluon.jit
-def _near_and_rest(x):
-    """E4M3 numbers next to `x`, and 16 times what they miss."""
-    near = x.to(gl.float8e4nv)
-    return near, ((x - near.to(gl.float32)) * 16.0).to(gl.float8e4nv)
+def _operand(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TYPE: gl.constexpr, L: gl.constexpr):
+    """The packed matrix in planes `low` and, with 3 bits, `high`, as the operand `[ROWS, COLUMNS]` of `TYPE` in layout `L`.
+
+    t0, t1: the table, four levels each.
+    """
+    x = _read(low, ROWS)
+    W: gl.constexpr = _fragment(ROWS, COLUMNS // 128 if BITS == 3 else COLUMNS * BITS // 128)
+    t0 = gl.convert_layout(t0, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
+    t1 = gl.convert_layout(t1, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
+    if BITS == 4:
+        a, b = gl.inline_asm_elementwise(_UNPACK4, "=r,=r,r,r,r", [x, t0, t1], dtype=_TWO, is_pure=True, pack=1)
+        x = gl.join(a, b)
+    elif BITS == 2:
+        a, b, c, d = gl.inline_asm_elementwise(_UNPACK2, "=r,=r,=r,=r,r,r", [x, t0], dtype=_FOUR, is_pure=True, pack=1)
+        x = gl.join(gl.join(a, c), gl.join(b, d))  # [..., step, half]
+    elif BITS == 3:
+        bits = _read(high, ROWS)
+        first, second = gl.split(x.reshape((ROWS, 4, COLUMNS // 128, 2)))
+        args = [gl.convert_layout(first, W), bits << 2, t0, t1]
+        a, b, c, d = gl.inline_asm_elementwise(_UNPACK3, "=r,=r,=r,=r,r,r,r,r", args, dtype=_FOUR, is_pure=True, pack=1)
+        x = gl.join(gl.join(a, c), gl.join(b, d))
+        args = [gl.convert_layout(second, W), bits, t0, t1]
+        a, b, c, d = gl.inline_asm_elementwise(_UNPACK3, "=r,=r,=r,=r,r,r,r,r", args, dtype=_FOUR, is_pure=True, pack=1)
+        x = gl.join(x, gl.join(gl.join(a, c), gl.join(b, d))).permute((0, 1, 2, 5, 3, 4))
+    if BITS == 16:
+        x = _halves(x, TYPE).reshape((ROWS, 4, COLUMNS // 16, 2, 2))  # [row, t, s, h, i]
+    else:
+        x = _bytes(x).reshape((ROWS, 4, COLUMNS // 32, 2, 4)).to(TYPE, bitcast=True)
+    return gl.convert_layout(x.permute((0, 2, 3, 1, 4)).reshape((ROWS, COLUMNS)), L)
+
+
+@gluon.jit
+def _near_and_rest(x, TYPE: gl.constexpr):
+    """Numbers of `TYPE` next to `x`, and 16 times what they miss."""
+    near = x.to(TYPE)
+    return near, ((x - near.to(gl.float32)) * 16.0).to(TYPE)
 
 
 @gluon.jit
@@ -222,12 +216,12 @@ def _joined(x, L: gl.constexpr):
 
 
 @gluon.jit
-def _hadamard(x, R: gl.constexpr, D: gl.constexpr, LOG2_D: gl.constexpr):
-    """`rotate.hadamard` of `x [R, D]`."""
+def _hadamard(x, L: gl.constexpr, R: gl.constexpr, D: gl.constexpr, LOG2_D: gl.constexpr):
+    """`rotate.hadamard` of `x [R, D]` in layout `L`."""
     for _ in gl.static_range(LOG2_D):
-        a, b = gl.split(gl.convert_layout(x, _query(R)).reshape((R, D // 2, 2)))
+        a, b = gl.split(gl.convert_layout(x, L).reshape((R, D // 2, 2)))
         x = gl.join(a + b, a - b).permute((0, 2, 1)).reshape((R, D))
-    return gl.convert_layout(x, _query(R))
+    return gl.convert_layout(x, L)
 
 
 @gluon.jit
@@ -271,20 +265,21 @@ def _decode(
     ROTATE: gl.constexpr,
     CENTRE: gl.constexpr,
     SOFTCAP: gl.constexpr,
+    HALF: gl.constexpr,  # type of numbers of 16 bits
     STAGES: gl.constexpr,  # pages in flight
 ):
     VALUES: gl.constexpr = 128 * D * K // 8
     SCALES: gl.constexpr = VALUES + 128 * D * V // 8
     NBYTES: gl.constexpr = SCALES + 512
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * R, 32])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    KT: gl.constexpr = HALF if K == 16 else gl.float8e4nv
+    VT: gl.constexpr = HALF if V == 16 else gl.float8e4nv
+    SM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * R, 16 if K == 16 else 32])
+    OM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * R, 16 if V == 16 else 32])
     ST: gl.constexpr = gl.SliceLayout(2, _paired(128, R))  # of S^T [128 tokens, R]
     OT: gl.constexpr = gl.SliceLayout(2, _paired(D, R))  # of O^T [D, R]
     TOKEN: gl.constexpr = gl.SliceLayout(1, ST)
     ROW: gl.constexpr = gl.SliceLayout(0, ST)
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(64 if D == 64 else 128, 8, rank=2)
-    Q: gl.constexpr = _query(R)
-    u32p: gl.constexpr = gl.pointer_type(gl.uint32)
+    Q: gl.constexpr = _query(R, K)
 
     # Every thread loads its own copy, so that the tables stay in registers: what the compiler knows to be the same in all threads it
     # keeps elsewhere, and moves into place before every use.
@@ -301,25 +296,22 @@ def _decode(
     stop = gl.minimum(tile + share, total)
     row_of_batch = gl.arange(0, BATCH, layout=gl.BlockedLayout([1], [32], [4], [0]))
     ends = gl.load(cum_ptr + 1 + row_of_batch, mask=row_of_batch < B, other=2147483647)
-    q_shared = gl.allocate_shared_memory(gl.float8e4nv, [2 * R, D], SHARED)
-    p_shared = gl.allocate_shared_memory(gl.float8e4nv, [2 * R, 128], gl.NVMMASharedLayout(128, 8, rank=2))
+    q_shared = gl.allocate_shared_memory(KT, [2 * R, D], gl.NVMMASharedLayout(64 if D * max(K, 8) == 512 else 128, max(K, 8), rank=2))
+    p_shared = gl.allocate_shared_memory(VT, [2 * R, 128], gl.NVMMASharedLayout(128, max(V, 8), rank=2))
     m_shared = gl.allocate_shared_memory(gl.float32, [4, R], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    KW: gl.constexpr = _planes(K, D)
-    VW: gl.constexpr = _planes(V, 128)
-    k_low = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 4, KW[0]], PLAIN)
-    v_low = gl.allocate_shared_memory(gl.int32, [STAGES, D, 4, VW[0]], PLAIN)
-    k_high, v_high = k_low, v_low
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_low = gl.allocate_shared_memory(gl.int32, [STAGES, 128 * D * (K & 30) // 32], FLAT)
+    v_low = gl.allocate_shared_memory(gl.int32, [STAGES, 128 * D * (V & 30) // 32], FLAT)
+    k_high, v_high = k_low, v_low  # not used but with 3 bits
     if K == 3:
-        k_high = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 4, KW[1]], PLAIN)
+        k_high = gl.allocate_shared_memory(gl.int32, [STAGES, 128 * D // 32], FLAT)
     if V == 3:
-        v_high = gl.allocate_shared_memory(gl.int32, [STAGES, D, 4, VW[1]], PLAIN)
-    scales_shared = gl.allocate_shared_memory(gl.uint32, [STAGES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    one = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        v_high = gl.allocate_shared_memory(gl.int32, [STAGES, 128 * D // 32], FLAT)
+    scales_shared = gl.allocate_shared_memory(gl.uint32, [STAGES, 128], FLAT)
     token = gl.arange(0, 128, layout=TOKEN)
     row = first_row + gl.arange(0, R, layout=ROW)
-    zero_s = gl.full([128, 2 * R], 0.0, gl.float32, layout=MMA)
-    zero_o = gl.full([D, 2 * R], 0.0, gl.float32, layout=MMA)
+    zero_s = gl.full([128, 2 * R], 0.0, gl.float32, layout=SM)
+    zero_o = gl.full([D, 2 * R], 0.0, gl.float32, layout=OM)
     while tile < stop:
         b = gl.sum((ends <= tile).to(gl.int32), 0)
         start = gl.load(cum_ptr + b)
@@ -338,9 +330,9 @@ def _decode(
         if CENTRE:
             bias = gl.convert_layout(gl.sum(q * gl.load(centre_ptr + h * D + d)[None, :], 1), ROW)
         if ROTATE:
-            q = _hadamard(q * gl.load(signs_ptr + d)[None, :], R, D, LOG2_D)
+            q = _hadamard(q * gl.load(signs_ptr + d)[None, :], Q, R, D, LOG2_D)
         power = gl.exp2(gl.ceil(gl.log2(gl.maximum(gl.max(gl.abs(q), 1), 1e-30))) - 8.0)
-        q_near, q_rest = _near_and_rest(q / power[:, None])
+        q_near, q_rest = _near_and_rest(q / power[:, None], KT)
         gl.thread_barrier()  # the last segment's products have read their queries
         q_shared.store(gl.join(q_near, q_rest).permute((0, 2, 1)).reshape((2 * R, D)))
         fence_async_shared()
@@ -353,21 +345,29 @@ def _decode(
         for i in gl.static_range(STAGES):
             inside = i < n
             base = pool_ptr + (gl.load(ids + page + i, mask=inside, other=0).to(gl.int64) * H + h) * NBYTES
-            _copy_matrix(k_low.index(i), k_high.index(i), base, inside, K)
-            _copy_matrix(v_low.index(i), v_high.index(i), base + VALUES, inside, V)
-            async_copy.async_copy_global_to_shared(scales_shared.index(i), (base + SCALES).to(u32p, bitcast=True) + one, mask=inside)
-            async_copy.commit_group()
+            _copy_page(
+                k_low.index(i),
+                k_high.index(i),
+                v_low.index(i),
+                v_high.index(i),
+                scales_shared.index(i),
+                base,
+                inside,
+                K,
+                V,
+                VALUES,
+                SCALES,
+            )
         id_ahead = gl.load(ids + page + STAGES, mask=n > STAGES, other=0)
         async_copy.wait_group(STAGES - 1)
         gl.thread_barrier()
         stage = 0
         for i in range(n):
-            scales = scales_shared.index(stage).load(TOKEN)
-            low, high = _load_matrix(k_low.index(stage), k_high.index(stage), K)
-            k = _unpack(low, high, kt0, kt1, K, 128, D, A)
+            k_here, v_here, scales_here = k_low.index(stage), v_low.index(stage), scales_shared.index(stage)
+            scales = scales_here.load(TOKEN)
+            k = _operand(k_here, k_high.index(stage), kt0, kt1, K, 128, D, KT, gl.DotOperandLayout(0, SM, 2 if K == 16 else 4))
             s = warpgroup_mma(k, q_shared.permute((1, 0)), zero_s, use_acc=False, max_num_imprecise_acc=D, is_async=True)
-            low, high = _load_matrix(v_low.index(stage), v_high.index(stage), V)
-            v = _unpack(low, high, vt0, vt1, V, D, 128, A)
+            v = _operand(v_here, v_high.index(stage), vt0, vt1, V, D, 128, VT, gl.DotOperandLayout(0, OM, 2 if V == 16 else 4))
             s = warpgroup_mma_wait(0, [s])
             k_scale = (scales << 16).to(gl.float32, bitcast=True)  # bfloat16 pairs
             v_scale = (scales & 0xFFFF0000).to(gl.float32, bitcast=True)
@@ -378,24 +378,19 @@ def _decode(
             seen = (token < length - (page + i) * 128)[:, None]
             x = gl.where(seen, x, -1e30)
             # The scaled weight 2^(x - top) * v_scale shall stay below 2^8.
-            weight_log = x + _log2(v_scale)[:, None]
+            weight_log = x + gl.maximum(_log2(v_scale), -80.0)[:, None]  # a page of zeros must not make weights infinite
             new_top = gl.maximum(top, _greatest(gl.where(seen, weight_log, -1e30), m_shared, R, ROW) - 8.0)
             # All threads have read this page: its place is for the one that is STAGES pages on.
             inside = i + STAGES < n
             base = pool_ptr + (id_ahead.to(gl.int64) * H + h) * NBYTES
             id_ahead = gl.load(ids + page + i + STAGES + 1, mask=i + STAGES + 1 < n, other=0)
-            _copy_matrix(k_low.index(stage), k_high.index(stage), base, inside, K)
-            _copy_matrix(v_low.index(stage), v_high.index(stage), base + VALUES, inside, V)
-            async_copy.async_copy_global_to_shared(
-                scales_shared.index(stage), (base + SCALES).to(u32p, bitcast=True) + one, mask=inside
-            )
-            async_copy.commit_group()
+            _copy_page(k_here, k_high.index(stage), v_here, v_high.index(stage), scales_here, base, inside, K, V, VALUES, SCALES)
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)
             fade = _exp2(top - new_top)
             top = new_top
             p = _exp2(x - top[None, :])
             total_weight = total_weight * fade[None, :] + p
-            p_near, p_rest = _near_and_rest(gl.where(seen, p * v_scale[:, None], 0.0))
+            p_near, p_rest = _near_and_rest(gl.where(seen, p * v_scale[:, None], 0.0), VT)
             p_shared.permute((1, 0)).store(gl.join(p_near, p_rest).reshape((128, 2 * R)))
             fence_async_shared()
             async_copy.wait_group(STAGES - 1)  # the next page is here
@@ -417,11 +412,17 @@ def _padded(rows: int) -> int:
     return min(MAX_ROWS, max(4, 1 << (rows - 1).bit_length()))
 
 
+def _stages(f: Format) -> int:
+    """Pages in flight, and in shared memory."""
+    return 2 if 2 * f.nbytes <= 200 * 1024 else 1
+
+
 def occupancy(f: Format, rows: int) -> tuple[int, int]:
     """Programs that fit a multiprocessor, and the registers a thread that lets them."""
     if f.head_dim <= 128 and _padded(rows) == 4 and max(f.k, f.v) <= 4:
         return 4, 128
-    return (3, 168) if f.head_dim <= 128 and _padded(rows) <= 8 else (2, 255)
+    fit = SHARED // (_stages(f) * f.nbytes + 4 * _padded(rows) * (f.head_dim + PAGE) + 2048)
+    return (3, 168) if f.head_dim <= 128 and _padded(rows) <= 8 and fit >= 3 else (min(2, fit), 255)
 
 
 def decode_pages(
@@ -437,8 +438,12 @@ def decode_pages(
     lse2: Tensor,
     programs: int,
     softcap: float | None,
+    half: torch.dtype,
 ) -> None:
-    """`rotate.project` and `portable.decode_pages` in one launch, with tables (`table`) for levels."""
+    """`rotate.project` and `portable.decode_pages` in one launch, with tables (`table`) for levels.
+
+    half: type of the numbers of a side with 16 bits.
+    """
     f, (b, _, t, _), rows = pages.format, q.shape, out.shape[1]
     assert q.stride(-1) == 1
     padded = _padded(rows)
@@ -447,7 +452,7 @@ def decode_pages(
         k_table, v_table, out, lse2, b, pages.pool.shape[1], rows, t, *q.stride()[:3], pages.table.stride(0),
         factor, 1.0 if softcap is None else softcap, D=f.head_dim, LOG2_D=f.head_dim.bit_length() - 1, K=f.k, V=f.v, R=padded,
         BATCH=max(16, 1 << (b - 1).bit_length()), ROTATE=signs is not None, CENTRE=centre is not None, SOFTCAP=softcap is not None,
-        STAGES=STAGES, num_warps=4, maxnreg=occupancy(f, rows)[1],
+        HALF=gl.float16 if half == torch.float16 else gl.bfloat16, STAGES=_stages(f), num_warps=4, maxnreg=occupancy(f, rows)[1],
     )  # fmt: skip
 
 

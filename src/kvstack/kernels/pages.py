@@ -8,6 +8,7 @@ belongs to thread t of a quad, and the codes of one thread in one row are neighb
 `m64nNk32` that thread t must hold, so that a thread loads up to 16 bytes at once and never exchanges anything with its neighbours.
 Inside a thread's run the codes are packed in little-endian 32-bit words; code n = 4 h + i of a word has the nibble at bit 4 n:
 
+    16 bits  a number of bfloat16 or float16; here c = 16 s + 8 h + 2 t + i with i < 2, as in `m64nNk16`, in the order (s, h, i)
     8 bits   one byte per code, an E4M3 number, in the order (s, h, i)
     4 bits   word s: the low 3 bits of nibble n are the magnitude; the sign of code (h, i) is bit 8 i + 7 - 4 h (1 is negative)
     2 bits   word s // 2: bits 2 (s % 2) and up of nibble n are the index
@@ -28,7 +29,7 @@ from torch import Tensor
 from kvstack.errors import RecipeError
 
 PAGE = 128  # tokens
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Format:
         if self.head_dim not in (64, 128, 256) or {self.k, self.v} - set(WIDTHS) or (self.head_dim == 64 and self.k == 3):
             raise RecipeError(
                 f"There is no page format for {self.k}-bit keys and {self.v}-bit values of size {self.head_dim}. "
-                "Pages hold 2, 3, 4 or 8 bits and head sizes of 64, 128 and 256, without 3-bit keys of size 64."
+                "Pages hold 2, 3, 4, 8 or 16 bits and head sizes of 64, 128 and 256, without 3-bit keys of size 64."
             )
 
     @property
@@ -78,7 +79,7 @@ class Pages:
 
 
 def read(pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of K and V `[B, H, N, D]` uint8 and scales `[B, H, N, 2]` bfloat16, for all N = 128 * pages slots of the table."""
+    """Codes of K and V `[B, H, N, D]` (see `unpack`) and scales `[B, H, N, 2]` bfloat16, for all N = 128 * pages slots of the table."""
     f = pages.format
     held = pages.pool[pages.table.long()].transpose(1, 2)  # [B, H, pages, bytes]
     k = unpack(held[..., : f.value_offset], f.k, PAGE)
@@ -88,7 +89,7 @@ def read(pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write(pages: Pages, k: Tensor, v: Tensor, scales: Tensor, starts: Tensor, counts: Tensor) -> None:
-    """Put the first `counts[b]` tokens of `k, v [B, H, n, D]` uint8 and `scales [B, H, n, 2]` at token `starts[b]` of row b.
+    """Put the first `counts[b]` tokens of `k, v [B, H, n, D]` and `scales [B, H, n, 2]` at token `starts[b]` of row b.
 
     The lengths are the caller's. Slow: it unpacks and packs whole pages.
     """
@@ -111,9 +112,12 @@ def write(pages: Pages, k: Tensor, v: Tensor, scales: Tensor, starts: Tensor, co
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack a matrix of codes `[..., R, C]` uint8 into `[..., R * C * bits / 8]`.
 
-    Codes are ascending level indices below `2 ** bits`, or with 8 bits E4M3 bytes.
+    Codes are ascending level indices below `2 ** bits`, with 8 bits E4M3 bytes, and with 16 bits the numbers' bits, in int16.
     """
     *batch, rows, columns = codes.shape
+    if bits == 16:
+        x = codes.reshape(*batch, rows, columns // 16, 2, 4, 2).movedim(-2, -4)  # [..., R, t, s, h, i]
+        return x.reshape(*batch, -1).contiguous().view(torch.uint8)
     x = codes.reshape(*batch, rows, columns // 32, 2, 4, 4).movedim(-2, -4)  # [..., R, t, s, h, i]
     if bits == 8:
         return x.reshape(*batch, -1)
@@ -132,9 +136,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
-    """The codes `[..., R, C]` uint8 of what `pack` made of them."""
+    """The codes `[..., R, C]` uint8 (with 16 bits int16) of what `pack` made of them."""
     *batch, size = packed.shape
     columns = size * 8 // bits // rows
+    if bits == 16:
+        x = packed.contiguous().view(torch.int16).reshape(*batch, rows, 4, columns // 16, 2, 2).movedim(-4, -2)
+        return x.reshape(*batch, rows, columns)
     if bits == 8:
         x = packed.reshape(*batch, rows, 4, columns // 32, 2, 4)
     elif bits == 4:
@@ -161,7 +168,8 @@ def _interleave(x: Tensor, steps: int) -> Tensor:
 
 def _separate(words: Tensor, steps: int) -> Tensor:
     """The inverse of `_interleave`."""
-    return ((words[..., None, None] >> _shifts(steps, words.device)) & (2 ** (4 // steps) - 1)).flatten(-3, -2)
+    fields: Tensor = (words[..., None, None] >> _shifts(steps, words.device)) & (2 ** (4 // steps) - 1)
+    return fields.flatten(-3, -2)
 
 
 def _shifts(steps: int, device: torch.device) -> Tensor:

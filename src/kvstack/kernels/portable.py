@@ -105,7 +105,7 @@ def decode_kernel(
         for p in range(page, last):
             index = tl.load(table + b.to(tl.int64) * table_stride + p)
             base = pool + (index.to(tl.int64) * heads + h) * (K_BYTES + V_BYTES + PAGE * 4)
-            k = tl.trans(_matrix(base, PAGE, D, K_BITS, k_levels))  # [D, 128]
+            k = tl.trans(matrix(base, PAGE, D, K_BITS, k_levels))  # [D, 128]
             scales = tl.load((base + K_BYTES + V_BYTES).to(tl.pointer_type(tl.uint32), bitcast=True) + token)
             k_scale = (scales << 16).to(tl.float32, bitcast=True)
             v_scale = (scales & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -123,7 +123,7 @@ def decode_kernel(
             mass = mass * decay + tl.sum(weight, 1)
             weight = weight * tl.where(valid, v_scale, 0.0)[None, :]
             largest = tl.maximum(tl.max(tl.abs(weight), 1), TINY)
-            v = tl.trans(_matrix(base + K_BYTES, D, PAGE, V_BITS, v_levels))  # [128, D]
+            v = tl.trans(matrix(base + K_BYTES, D, PAGE, V_BITS, v_levels))  # [128, D]
             part = tl.dot((weight * (1.0 / largest)[:, None]).to(tl.float16), v)
             mean = mean * decay[:, None] + part * largest[:, None]
         slot = (program + segment).to(tl.int64) * rows
@@ -133,7 +133,7 @@ def decode_kernel(
 
 
 @triton.jit
-def _matrix(base, R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, levels):
+def matrix(base, R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, levels):
     """The matrix `[R, C]` of levels in float16 of the packed codes at `base`, see `pages`."""
     if BITS == 8:
         x = _e4m3(tl.load(base + tl.arange(0, R * C)))

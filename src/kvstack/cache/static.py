@@ -1,0 +1,161 @@
+"""A store of fixed size for decoding with CUDA graphs: everything that changes from step to step lives on the device.
+
+    exact   `[B, H, S, D]`: the first `sinks` tokens of a row, then a ring of the newest `window` ones and those of the step
+    body    pages (`kernels.pages`) of all tokens between, reserved for `capacity` tokens a row
+
+A step attends to the body as it was, to the window and to its own tokens, and then the tokens that are too old for the window are
+encoded into the body: what `LayerStore` does one by one, with the same result. Positions are the same in all layers, so they are worked
+out once a step (`Steps`) and shared. Only recipes whose codes have a page format fit; the flexible store is `LayerStore`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvstack.cache.store import exact_dtype
+from kvstack.codecs.base import Codec, Context
+from kvstack.codecs.exact import ExactCodec
+from kvstack.codecs.fp8 import Fp8Codec
+from kvstack.codecs.polar import PolarCodec
+from kvstack.errors import RecipeError
+from kvstack.kernels.append import append
+from kvstack.kernels.decode import Body, Exact, decode
+from kvstack.kernels.pages import PAGE, Format, Pages
+from kvstack.kernels.reference import Shape, Side, attend, attend_first, merge
+from kvstack.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Size:
+    """batch: rows. heads: KV heads. capacity: most tokens of a row. steps: new tokens of a row in one decode step."""
+
+    batch: int
+    heads: int
+    capacity: int
+    steps: int = 1
+
+
+class Steps:
+    """Where the tokens of a step go, are seen and leave to, for all layers. All tensors keep their place in memory.
+
+    lengths: `[B]` int32, tokens of every row before the step. slots: `[B, T]` exact slots of the new tokens. seen: `[B, T, S]`.
+    body, cum: `[B]` and `[B + 1]` int32, tokens in the body before the step, and their schedule. leaving: `[B, T]` slots of the tokens
+    that leave the window, of which the first `leaves [B]` count. All rows take T tokens a step.
+
+    filling: rows whose prompts come now, instead of a step.
+    """
+
+    def __init__(self, size: Size, sinks: int, window: int, device: torch.device) -> None:
+        self.size, self.sinks, self.window = size, sinks, window
+        self.filling: slice | None = None
+        self.ring = window + size.steps
+        b, t = size.batch, size.steps
+        self.lengths, self.body, self.leaves = (torch.zeros(b, dtype=torch.int32, device=device) for _ in range(3))
+        self.cum = torch.zeros(b + 1, dtype=torch.int32, device=device)
+        self.slots, self.leaving = (torch.zeros(b, t, dtype=torch.long, device=device) for _ in range(2))
+        self.seen = torch.zeros(b, t, sinks + self.ring, dtype=torch.bool, device=device)
+        self.refresh()
+
+    def in_body(self, lengths: Tensor) -> Tensor:
+        """Tokens in the body of rows with `lengths` tokens."""
+        return (lengths - self.sinks - self.window).clamp_min(0)
+
+    def slot(self, position: Tensor) -> Tensor:
+        """Exact slot of the token at a position of its row."""
+        return torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % self.ring)
+
+    def advance(self) -> None:
+        """Count the tokens of the step that was made."""
+        self.lengths += self.size.steps
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Work out everything from the lengths."""
+        n, device = self.lengths.long()[:, None], self.lengths.device
+        step = torch.arange(self.size.steps, device=device)
+        body = self.in_body(n)
+        self.slots.copy_(self.slot(n + step))
+        self.body.copy_(body[:, 0])
+        self.leaves.copy_((self.in_body(n + self.size.steps) - body)[:, 0])
+        self.leaving.copy_(self.slot(self.sinks + body + step))
+        torch.cumsum((self.body + PAGE - 1) // PAGE * self.size.heads, 0, dtype=torch.int32, out=self.cum[1:])
+        # The newest token in each slot of the ring once the step's tokens are there; negative where there is none.
+        place = torch.arange(self.ring, device=device)
+        newest = n + self.size.steps - self.sinks - 1 - place
+        held = torch.div(newest, self.ring, rounding_mode="floor") * self.ring + place  # counted from the sinks on
+        sink = torch.arange(self.sinks, device=device).expand(len(n), -1)
+        position = torch.cat([sink, torch.where((newest >= 0) & (held >= body), self.sinks + held, torch.iinfo(torch.long).max)], 1)
+        self.seen.copy_(position[:, None] <= (n + step)[:, :, None])
+
+
+class StaticStore:
+    """Keys and values of one layer, for the rows and the capacity of `steps`."""
+
+    def __init__(self, recipe: Recipe, steps: Steps, key: Context, value: Context) -> None:
+        self.steps, size = steps, steps.size
+        slots = steps.sinks + steps.ring
+        k, v = (
+            torch.zeros(size.batch, size.heads, slots, c.head_dim, dtype=exact_dtype(recipe, c), device=c.device) for c in (key, value)
+        )
+        self.exact = k, v
+        self.body: Body | None = None
+        if steps.window < size.capacity:
+            codecs = recipe.precision.build("key", key), recipe.precision.build("value", value)
+            pages = -(-(size.capacity - steps.sinks - steps.window) // PAGE)
+            f = Format(key.head_dim, *(_width(c) for c in codecs))
+            table = torch.arange(size.batch * pages, dtype=torch.int32, device=key.device).reshape(size.batch, pages)
+            pool = torch.zeros(size.batch * pages, size.heads, f.nbytes, dtype=torch.uint8, device=key.device)
+            self.body = Body(Pages(f, pool, table, steps.body), *codecs, steps.cum)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the exact slots and of the pages, reserved ones included."""
+        return sum(t.nbytes for t in self.exact) + (
+            0 if self.body is None else self.body.pages.pool.nbytes + self.body.pages.table.nbytes
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, sink: Tensor | None = None) -> Tensor:
+        """Store `k, v [b, H, n, D]` and return the attention `[b, Hq, n, D]` of `q`: a step of all rows, or prompts of `filling`."""
+        return self._step(q, k, v, shape, sink) if self.steps.filling is None else self._fill(q, k, v, shape, sink, self.steps.filling)
+
+    def _fill(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, sink: Tensor | None, rows: slice) -> Tensor:
+        """Causal attention of whole prompts of one length, whose tokens become those of `rows`."""
+        k, v = (x.to(exact.dtype) for exact, x in zip(self.exact, (k, v), strict=True))
+        n = k.shape[2]
+        position = torch.arange(n, device=k.device)
+        keep = torch.cat([position[: self.steps.sinks], position[max(self.steps.sinks, n - self.steps.window) :]])
+        slots = self.steps.slot(keep)
+        for exact, x in zip(self.exact, (k, v), strict=True):
+            exact[rows, :, slots] = x[:, :, keep]
+        count = max(0, n - self.steps.sinks - self.steps.window)
+        if self.body is not None and count:
+            p, old = self.body.pages, slice(self.steps.sinks, self.steps.sinks + count)
+            part = Pages(p.format, p.pool, p.table[rows], p.lengths[rows])
+            counts = torch.full_like(part.lengths, count)
+            append(part, self.body.key, self.body.value, k[:, :, old], v[:, :, old], torch.zeros_like(counts), counts)
+        key, value = (Side(ExactCodec(x.shape[-1], x.dtype), (x,)) for x in (k, v))
+        if shape.softcap is None and sink is None:
+            return attend_first(q, key, value, shape)
+        causal = torch.ones(1, n, n, dtype=torch.bool, device=q.device).tril()
+        return merge([attend(q, key, value, causal, shape)], sink).out
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, sink: Tensor | None) -> Tensor:
+        at = self.steps
+        for exact, x in zip(self.exact, (k, v), strict=True):
+            exact.scatter_(2, at.slots[:, None, :, None].expand(x.shape), x.to(exact.dtype))
+        out = decode(q, self.body, Exact(*self.exact, at.seen), shape, sink)
+        if self.body is not None:
+            old_k, old_v = (x.gather(2, at.leaving[:, None, :, None].expand(k.shape)) for x in self.exact)
+            append(self.body.pages, self.body.key, self.body.value, old_k, old_v, at.body, at.leaves)
+        return out
+
+
+def _width(codec: Codec) -> int:
+    if isinstance(codec, ExactCodec) and codec.dtype.itemsize == 2:
+        return 16
+    if isinstance(codec, PolarCodec) and codec.bits <= 4:
+        return codec.bits
+    if isinstance(codec, Fp8Codec):
+        return 8
+    raise RecipeError("Static decoding has pages for `polar` with 2, 3 or 4 bits, `fp8` and `exact` only. Use `kvstack.Cache` instead.")

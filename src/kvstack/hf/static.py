@@ -1,0 +1,95 @@
+"""A transformers cache of fixed size, all of it on the device, for `kvstack.generate`.
+
+Every layer is a `StaticStore`; the positions are shared (`Steps`). Unlike `Cache` it cannot be cropped, saved or reordered, takes
+whole prompts first and then one token a row and step, and must be told when a step is over (`steps.advance`). Rows may have different
+lengths.
+"""
+
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from kvstack.cache.static import Size, StaticStore, Steps
+from kvstack.codecs import Exact
+from kvstack.codecs.base import Context
+from kvstack.errors import UnsupportedModelError
+from kvstack.hf import models
+from kvstack.hf.attention import NAME, Fresh, Slots
+from kvstack.kernels.decode import choose
+from kvstack.profile import Profile
+from kvstack.recipe import Recipe
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """Hands new keys and values over to the attention function with their store."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, recipe: Recipe, steps: Steps, profile: Profile | None, index: int) -> None:
+        super().__init__()
+        self.recipe, self.steps, self.index = recipe, steps, index
+        self.centres = (None, None) if profile is None else (profile.key_centre[index], profile.value_centre[index])
+        self.store: StaticStore | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserve the store."""
+        key, value = (
+            Context(x.shape[-1], x.shape[1], x.dtype, x.device, centre)
+            for x, centre in zip((key_states, value_states), self.centres, strict=True)
+        )
+        self.store, self.is_initialized = StaticStore(self.recipe, self.steps, key, value), True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """See transformers; the attention function stores them."""
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        fresh = Fresh(key_states, value_states, self.store, "exact", self.index)
+        return fresh, fresh
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """See transformers: a marker, since the store needs no mask."""
+        return Slots(query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Nobody may need it: positions are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """See transformers."""
+        return self.steps.size.capacity
+
+
+class StaticCache(transformers.Cache):  # type: ignore[misc]
+    """A cache for `model` of `batch` rows with room for `capacity` tokens each.
+
+    Raises RecipeError for a recipe whose codes have no page format, UnsupportedModelError for models that it cannot serve.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, batch: int, capacity: int, profile: Profile | None = None) -> None:
+        models.check(model)
+        if profile is not None:
+            profile.check(model)
+        config = model.config.get_text_config(decoder=True)
+        plain = DynamicCache(config=config).layers
+        if any(layer.is_sliding for layer in plain):
+            raise UnsupportedModelError(
+                f"{config.model_type} has sliding layers, which cannot be decoded by graph. Use `kvstack.Cache`."
+            )
+        models.use(model, NAME)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        # Where no kernel reads pages of 16 bits, all tokens are window.
+        exact = isinstance(recipe.precision, Exact) and choose(model.device).name != "hopper"
+        self.steps = Steps(
+            Size(batch, heads, capacity), 0 if exact else recipe.sinks, capacity if exact else recipe.window, model.device
+        )
+        super().__init__(layers=[_Layer(recipe, self.steps, profile, i) for i in range(len(plain))])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are reserved."""
+        return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)

@@ -1,0 +1,46 @@
+"""New tokens into pages: by the fused kernel on a GPU, elsewhere by the codecs themselves.
+
+What is stored stays as it is, bit for bit; the lengths are the caller's to change.
+"""
+
+import torch
+from torch import Tensor
+
+from kvstack.codecs.base import Codec
+from kvstack.codecs.exact import ExactCodec
+from kvstack.codecs.fp8 import Fp8Codec
+from kvstack.codecs.packing import unpack
+from kvstack.codecs.polar import PolarCodec
+from kvstack.kernels.decode import choose
+from kvstack.kernels.pages import Pages, write
+
+
+def append(pages: Pages, key: Codec, value: Codec, k: Tensor, v: Tensor, starts: Tensor, counts: Tensor) -> None:
+    """Encode the first `counts[b]` tokens of `k, v [B, H, n, D]` and store them from token `starts[b]` of row b on.
+
+    starts, counts: `[B]` int32 on the device. Raises BadInputError for numbers that are not finite, unless on a GPU: the kernel does
+    not look.
+    """
+    if choose(k.device).name == "reference":
+        encoded = [_records(codec, x) for codec, x in ((key, k), (value, v))]
+        (k_codes, k_scale), (v_codes, v_scale) = encoded
+        write(pages, k_codes, v_codes, torch.stack([k_scale, v_scale], -1), starts, counts)
+    elif pages.format.k == 16:
+        from kvstack.kernels.plain import store  # needs Triton
+
+        store(k, v, pages, starts, counts)
+    else:
+        from kvstack.kernels.encode import encode
+
+        encode(k, v, key, value, pages, starts, counts)
+
+
+def _records(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of `x` as a page has them, `[B, H, n, D]`, and scales `[B, H, n]`."""
+    if isinstance(codec, ExactCodec):
+        return codec.encode(x)[0].view(torch.int16), torch.ones(x.shape[:-1], dtype=torch.bfloat16, device=x.device)
+    codes, scale = codec.encode(x)
+    if isinstance(codec, Fp8Codec):
+        return codes.view(torch.uint8), scale
+    assert isinstance(codec, PolarCodec)
+    return unpack(codes, codec.bits), scale
