@@ -134,11 +134,15 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         first = rows[0]["tokens_per_s"]
         return [
             {
-                "recipe": f"`{row['recipe']}`", "context": f"{row['context']:,}", "rows": str(row["batch"]), "ms a step": f"{row['ms']:.1f}",
-                "tokens/s": f"{row['tokens_per_s']:,.0f}", "x": f"{row['tokens_per_s'] / first:.2f}",
+                "recipe": f"`{row['recipe']}`",
+                "context": f"{row['context']:,}",
+                "rows": str(row["batch"]),
+                "ms a step": f"{row['ms']:.1f}",
+                "tokens/s": f"{row['tokens_per_s']:,.0f}",
+                "x": f"{row['tokens_per_s'] / first:.2f}",
             }
             for row in rows
-        ]  # fmt: skip
+        ]
     if "us" in rows[0]:
         lines: dict[tuple[str, str], dict[str, str]] = {}
         for row in rows:

@@ -1,6 +1,5 @@
 """Prefill over a compressed past on Hopper (sm_90), in Gluon. Work in progress."""
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from kvstack.kernels.hopper import _UNPACK2, _UNPACK3, _UNPACK4
-from kvstack.kernels.pages import PAGE, Pages
+from kvstack.kernels.pages import PAGE, Format, Pages
 from kvstack.kernels.prefill import relative
 
 ROWS = 128  # query rows of a program
@@ -412,4 +411,40 @@ def prefill_kernel(
         ],
         [4, 4],
         [CONSUMER, PRODUCER],
+    )  # fmt: skip
+
+
+def configuration(f: Format) -> dict[str, Any]:
+    """What suits a format."""
+    if f.head_dim == 256:
+        return dict(N=64, STAGES=1, OVERLAP=False, AHEAD=False, CONSUMER=216, PRODUCER=72)
+    return dict(N=128, STAGES=2, OVERLAP=True, AHEAD=max(f.k, f.v) < 8, CONSUMER=216, PRODUCER=72)
+
+
+def prefill_pages(
+    q: Tensor,
+    bias: Tensor,
+    pages: Pages,
+    k_table: Tensor,
+    v_table: Tensor,
+    out: Tensor,
+    lse2: Tensor,
+    softcap: float | None,
+) -> None:
+    """`prefill.prefill_pages` with tables (`hopper.table`) for levels. Allocates 3/2 of the scales of the pages, for a while."""
+    f, (segments, rows, head_dim), splits = pages.format, q.shape, out.shape[1]
+    heads, columns = pages.pool.shape[1], pages.table.shape[1]
+    assert max(f.k, f.v) <= 8 and head_dim == f.head_dim and out.shape == (segments, splits, rows, head_dim)
+    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in (q, bias, out, lse2)) and pages.table.stride(1) == 1
+    folded = torch.empty(segments, columns, 192, dtype=torch.int32, device=q.device)
+    powers = torch.empty(segments, columns, 2, dtype=torch.float32, device=q.device)
+    if columns:
+        fold_kernel[(columns, segments)](
+            pages.pool, pages.table, pages.lengths, folded, powers, heads, pages.table.stride(0),
+            SCALES=f.scale_offset, PAGE=PAGE, num_warps=1,
+        )  # fmt: skip
+    prefill_kernel[(-(-rows // ROWS), segments, splits)](
+        q, bias, pages.pool, pages.table, pages.lengths, folded, powers, k_table, v_table, out, lse2,
+        heads, rows, pages.table.stride(0), columns, 1.0 if softcap is None else softcap,
+        D=head_dim, K=f.k, V=f.v, CAPPED=softcap is not None, **configuration(f), num_warps=4,
     )  # fmt: skip
