@@ -11,11 +11,16 @@ from kvstack.cli.main import COMMANDS, LAB_COMMANDS
 from kvstack.recipe import PRESETS, WORDS, Recipe
 
 NAMES = {"ArtefactError", "BadInputError", "Cache", "KVStackError", "Profile", "Recipe", "RecipeError", "UnsupportedModelError"}
+NAMES |= {"generate"}
 SIGNATURES = {
+    "generate": [
+        "model", "input_ids", "attention_mask", "recipe", "max_new_tokens", "temperature", "top_p", "eos_token_id", "pad_token_id",
+        "profile", "graph",
+    ],
     "Cache": ["model", "recipe", "profile", "prefill"],
     "Profile": ["key_centre", "value_centre", "fingerprint", "source", "tokens"],
     "Recipe": ["precision", "window", "sinks"],
-}
+}  # fmt: skip
 CACHE = {"bf16_nbytes", "load", "model", "nbytes", "ratio", "report", "reset", "save"}
 OPTIONS = {
     "demo": ["out"],

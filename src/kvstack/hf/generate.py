@@ -80,7 +80,8 @@ def generate(
     *,
     recipe: str | Recipe = "balanced",
     max_new_tokens: int = 128,
-    choice: Choice = Choice(),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     eos_token_id: int | None = None,
     pad_token_id: int = 0,
     profile: Profile | None = None,
@@ -88,10 +89,12 @@ def generate(
 ) -> Generation:
     """Continue the prompts `input_ids [B, n]`, of which `attention_mask [B, n]` hides padding (on either side).
 
-    eos_token_id: ends a row. graph: replay a CUDA graph; None: when the model is on a GPU. Sampling uses torch's generator.
+    temperature: 0 takes the likeliest token. top_p: sample from the likeliest tokens of this total probability, with torch's generator.
+    eos_token_id: ends a row; pad_token_id: what follows it. profile: calibrated centres, for recipes that ask for them.
+    graph: replay a CUDA graph; None: when the model is on a GPU.
     Raises BadInputError for bad arguments, and what `StaticCache` raises.
     """
-    recipe = Recipe.parse(recipe)
+    recipe, choice = Recipe.parse(recipe), Choice(temperature, top_p)
     prompts = _prompts(input_ids, attention_mask)
     longest = max(len(p) for p in prompts)
     if max_new_tokens < 1:

@@ -156,10 +156,11 @@ def _store(shared, x, scale0, scale1, R: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    pool, ids, folded, k_table, v_table, k_shared, v_shared, k_full, k_free, v_full, v_free, first, n, H, h,
+    pool, ids, folded, k_table, v_table, k_shared, v_shared, barriers, first, n, H, h,
     D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Pages to float16 matrices in shared memory."""
+    k_full, k_free, v_full, v_free = barriers
     VALUES: gl.constexpr = 128 * D * K // 8
     NBYTES: gl.constexpr = VALUES + 128 * D * V // 8 + 512
     COLUMN: gl.constexpr = gl.SliceLayout(0, _steps(D, 4))
@@ -258,11 +259,11 @@ def _soften(s, top, mass, factor, bias, v_power, seen, softcap, D: gl.constexpr,
 
 @gluon.jit
 def _consume(
-    q_ptr, bias_ptr, powers, out_ptr, lse_ptr, q_shared, k_shared, v_shared, k_full, k_free, v_full, v_free,
-    row, rows, n, left, softcap,
+    q_ptr, bias_ptr, powers, out_ptr, lse_ptr, q_shared, k_shared, v_shared, barriers, row, rows, n, left, softcap,
     D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """64 query rows through all pages."""
+    k_full, k_free, v_full, v_free = barriers
     SM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     SR: gl.constexpr = gl.SliceLayout(1, SM)
@@ -285,37 +286,37 @@ def _consume(
     zero = gl.full([64, N], 0.0, gl.float32, layout=SM)
     stage = 0
     phase = 0
-    if not OVERLAP:
-        k_power = gl.load(powers)
-        v_power = gl.load(powers + 1)
-        for i in range(n):
-            powers += gl.where(i < n - 1, 2, 0)
-            next_k_power = gl.load(powers)
-            next_v_power = gl.load(powers + 1)
-            k = k_shared.index(stage)
-            v = v_shared.index(stage)
-            mbarrier.wait(k_full.index(stage), phase)
-            for part in gl.static_range(128 // N):
-                s = warpgroup_mma(q_shared, k.slice(part * N, N).permute((1, 0)), zero, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, [s])
-                if part == 128 // N - 1:
-                    mbarrier.arrive(k_free.index(stage))
-                p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, left, softcap, D, N, CAPPED)
-                acc = acc * gl.convert_layout(fade, OR)[:, None]
-                if part == 0:
-                    mbarrier.wait(v_full.index(stage), phase)
-                o = warpgroup_mma(p, v.slice(part * N, N, 1).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, [o])
-                left -= N
-            mbarrier.arrive(v_free.index(stage))
-            k_power = next_k_power
-            v_power = next_v_power
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-    else:
-        if n > 0:
+    if n > 0:
+        if not OVERLAP:
+            k_power = gl.load(powers)
+            v_power = gl.load(powers + 1)
+            for i in range(n):
+                powers += gl.where(i < n - 1, 2, 0)
+                next_k_power = gl.load(powers)
+                next_v_power = gl.load(powers + 1)
+                k = k_shared.index(stage)
+                v = v_shared.index(stage)
+                mbarrier.wait(k_full.index(stage), phase)
+                for part in gl.static_range(128 // N):
+                    s = warpgroup_mma(q_shared, k.slice(part * N, N).permute((1, 0)), zero, use_acc=False, is_async=True)
+                    s = warpgroup_mma_wait(0, [s])
+                    if part == 128 // N - 1:
+                        mbarrier.arrive(k_free.index(stage))
+                    p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, left, softcap, D, N, CAPPED)
+                    acc = acc * gl.convert_layout(fade, OR)[:, None]
+                    if part == 0:
+                        mbarrier.wait(v_full.index(stage), phase)
+                    o = warpgroup_mma(p, v.slice(part * N, N, 1).permute((1, 0)), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, [o])
+                    left -= N
+                mbarrier.arrive(v_free.index(stage))
+                k_power = next_k_power
+                v_power = next_v_power
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+        else:
             mbarrier.wait(k_full.index(0), 0)
             s = warpgroup_mma(q_shared, k_shared.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
             k_power = gl.load(powers)
@@ -369,8 +370,8 @@ def _consume(
 @gluon.jit
 def prefill_kernel(
     q, bias, pool, table, lengths, folded, powers, k_table, v_table, out, lse2, heads, rows, table_stride, columns, softcap,
-    D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    AHEAD: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr, AHEAD: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
 ):  # fmt: skip
     segment = gl.program_id(1).to(gl.int64)
     h = (segment % heads).to(gl.int32)
@@ -380,6 +381,7 @@ def prefill_kernel(
     share = gl.cdiv(pages, gl.num_programs(2))
     first = gl.program_id(2) * share
     n = gl.maximum(gl.minimum(share, pages - first), 0)
+    first = gl.where(n > 0, first, 0)
     left = length - first * 128
     row = gl.program_id(0) * 128
     F16: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -400,14 +402,18 @@ def prefill_kernel(
     bias += segment * rows
     to = (segment * gl.num_programs(2) + gl.program_id(2)) * rows
     at = segment * columns + first
+    powers += at * 2
+    out += to * D
+    lse2 += to
+    barriers = (k_full, k_free, v_full, v_free)
     gl.warp_specialize(
         [
-            (_consume, (q, bias, powers + at * 2, out + to * D, lse2 + to, q_shared.index(0), k_shared, v_shared, k_full, k_free, v_full,
-                        v_free, row, rows, n, left, softcap, D, N, STAGES, CAPPED, OVERLAP)),
-            (_consume, (q, bias, powers + at * 2, out + to * D, lse2 + to, q_shared.index(1), k_shared, v_shared, k_full, k_free, v_full,
-                        v_free, row + 64, rows, n, left, softcap, D, N, STAGES, CAPPED, OVERLAP)),
-            (_produce, (pool, table + b * table_stride, folded + at * 192, k_table, v_table, k_shared, v_shared, k_full, k_free, v_full,
-                        v_free, first, n, heads, h, D, K, V, STAGES, AHEAD)),
+            (_consume, (q, bias, powers, out, lse2, q_shared.index(0), k_shared, v_shared, barriers, row, rows, n, left, softcap,
+                        D, N, STAGES, CAPPED, OVERLAP)),
+            (_consume, (q, bias, powers, out, lse2, q_shared.index(1), k_shared, v_shared, barriers, row + 64, rows, n, left, softcap,
+                        D, N, STAGES, CAPPED, OVERLAP)),
+            (_produce, (pool, table + b * table_stride, folded + at * 192, k_table, v_table, k_shared, v_shared, barriers, first, n,
+                        heads, h, D, K, V, STAGES, AHEAD)),
         ],
         [4, 4],
         [CONSUMER, PRODUCER],
