@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvstack.kernels import exact, portable
+from kvstack.kernels import exact, portable, prefill, prefill_hopper
 from kvstack.kernels.pages import PAGE, Format
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
@@ -76,6 +76,34 @@ def exact_kernel(dtype: str, head_dim: int, precision: str, **more: Any) -> Kern
     )
 
 
+def prefill_kernel(k: int, v: int, head_dim: int, capped: bool = False, **more: Any) -> Kernel:
+    """`prefill.prefill_kernel` for `k` and `v` bits and many query rows."""
+    f = Format(head_dim, k, v)
+    floats = ("q", "bias", "k_levels", "v_levels", "out", "lse2")
+    return Kernel(
+        prefill.prefill_kernel,
+        {**dict.fromkeys(floats, "*fp32"), "pool": "*u8", "table": "*i32", "lengths": "*i32"},
+        dict(
+            M=prefill.block(8192, head_dim), D=head_dim, K_BITS=k, V_BITS=v, K_BYTES=f.value_offset,
+            V_BYTES=f.scale_offset - f.value_offset, PAGE=PAGE, CAPPED=capped,
+        ),
+        {"cap": "fp32"}, options={"num_warps": prefill.WARPS, "num_stages": 1}, **more,
+    )  # fmt: skip
+
+
+def prefill_hopper_kernel(k: int, v: int, head_dim: int, capped: bool = False) -> Kernel:
+    """`prefill_hopper.prefill_kernel` for `k` and `v` bits."""
+    return Kernel(
+        prefill_hopper.prefill_kernel,
+        {
+            **dict.fromkeys(("q", "bias", "powers", "out", "lse2"), "*fp32"), "pool": "*u8",
+            **dict.fromkeys(("table", "lengths", "folded", "k_table", "v_table"), "*i32"),
+        },
+        dict(D=head_dim, K=k, V=v, CAPPED=capped, **prefill_hopper.configuration(Format(head_dim, k, v))),
+        {"softcap": "fp32"}, options={"num_warps": 4}, targets=one("sm_90"),
+    )  # fmt: skip
+
+
 def one(target: str) -> dict[str, GPUTarget]:
     """That target alone."""
     return {target: EVERY[target]}
@@ -89,6 +117,11 @@ KERNELS = {
     "exact, bf16 of 128": exact_kernel("bf16", 128, "tf32", targets=NVIDIA),
     "exact, bf16 of 128, AMD": exact_kernel("bf16", 128, "ieee", targets=one("gfx942")),
     "exact, fp32 of 128": exact_kernel("fp32", 128, "tf32x3", targets=one("sm_80")),
+    "prefill, 4 and 4 bits of 128": prefill_kernel(4, 4, 128, targets=EVERY),
+    "prefill, 3 and 4 bits of 256, soft cap": prefill_kernel(3, 4, 256, capped=True, targets=one("sm_80")),
+    "prefill on Hopper, 4 and 4 bits of 128": prefill_hopper_kernel(4, 4, 128),
+    "prefill on Hopper, 3 and 2 bits of 128, soft cap": prefill_hopper_kernel(3, 2, 128, capped=True),
+    "prefill on Hopper, 8 and 8 bits of 256": prefill_hopper_kernel(8, 8, 256),
 }
 
 

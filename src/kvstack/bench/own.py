@@ -31,15 +31,16 @@ def contenders(bits: str, head_dim: int) -> list[Contender]:
         if not match:
             raise BadInputError(f"{word!r} are no bits. Give a number such as 4, or one for keys and one for values, such as k4v2.")
         k, v = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
-        build = partial(_build, Format(head_dim, k, v))
-        found.append(Contender(NAME, word, 2e-3, _missing, build, RAGGED, precise=True))
+        f = Format(head_dim, k, v)
+        found.append(Contender(NAME, word, 2e-3, partial(_missing, f), partial(_build, f), RAGGED, precise=True))
     return found
 
 
-def _missing(_: Problem) -> str | None:
+def _missing(f: Format, _: Problem) -> str | None:
     if reason := not_capable(least=(8, 0)):
         return reason
-    path = choose(torch.device("cuda"))
+    device = torch.device("cuda")
+    path = choose(device, *(_codec(bits, f.head_dim, device) for bits in (f.k, f.v)))
     return path.reason if path.name == "reference" else None
 
 

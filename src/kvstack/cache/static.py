@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from kvstack.cache.store import exact_dtype
-from kvstack.codecs.base import Codec, Context
+from kvstack.codecs.base import Context
 from kvstack.codecs.exact import ExactCodec
-from kvstack.codecs.fp8 import Fp8Codec
-from kvstack.codecs.polar import PolarCodec
-from kvstack.errors import RecipeError
 from kvstack.kernels.append import append
+from kvstack.kernels.codes import page_format
 from kvstack.kernels.decode import Body, Exact, decode
-from kvstack.kernels.pages import PAGE, Format, Pages
+from kvstack.kernels.pages import PAGE, Pages
 from kvstack.kernels.reference import Shape, Side, attend, attend_first, merge
 from kvstack.recipe import Recipe
 
@@ -100,10 +98,10 @@ class StaticStore:
         )
         self.exact = k, v
         self.body: Body | None = None
-        if steps.window < size.capacity:
+        if steps.sinks + steps.window < size.capacity:
             codecs = recipe.precision.build("key", key), recipe.precision.build("value", value)
             pages = -(-(size.capacity - steps.sinks - steps.window) // PAGE)
-            f = Format(key.head_dim, *(_width(c) for c in codecs))
+            f = page_format(key.head_dim, *codecs)
             table = torch.arange(size.batch * pages, dtype=torch.int32, device=key.device).reshape(size.batch, pages)
             pool = torch.zeros(size.batch * pages, size.heads, f.nbytes, dtype=torch.uint8, device=key.device)
             self.body = Body(Pages(f, pool, table, steps.body), *codecs, steps.cum)
@@ -149,13 +147,3 @@ class StaticStore:
             old_k, old_v = (x.gather(2, at.leaving[:, None, :, None].expand(k.shape)) for x in self.exact)
             append(self.body.pages, self.body.key, self.body.value, old_k, old_v, at.body, at.leaves)
         return out
-
-
-def _width(codec: Codec) -> int:
-    if isinstance(codec, ExactCodec) and codec.dtype.itemsize == 2:
-        return 16
-    if isinstance(codec, PolarCodec) and codec.bits <= 4:
-        return codec.bits
-    if isinstance(codec, Fp8Codec):
-        return 8
-    raise RecipeError("Static decoding has pages for `polar` with 2, 3 or 4 bits, `fp8` and `exact` only. Use `kvstack.Cache` instead.")

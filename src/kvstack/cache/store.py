@@ -20,16 +20,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvstack.cache.paged import PagedTier, has_pages
 from kvstack.cache.tier import Tier
 from kvstack.codecs import Exact
 from kvstack.codecs.base import Codec, Context
 from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import BadInputError
+from kvstack.kernels.decode import Exact as ExactTokens
+from kvstack.kernels.decode import decode
 from kvstack.kernels.reference import Shape, attend, attend_first, merge
 from kvstack.recipe import Recipe
 
 Prefill = Literal["exact", "strict"]
 QUERIES = 512  # per step of the reference, so that logits stay small
+STEPS = 8  # new tokens of a row that the decode kernels take
 
 
 class LayerStore:
@@ -43,7 +47,9 @@ class LayerStore:
         def tier(pair: tuple[Codec, Codec]) -> Tier:
             return Tier(*pair, batch, key.num_heads, key.device)
 
-        self.sinks, self.window, self.body = tier(exact), tier(exact), tier(codecs)
+        self.sinks, self.window = tier(exact), tier(exact)
+        paged = has_pages(*codecs, key.head_dim, key.device)
+        self.body = PagedTier(*codecs, batch, key.num_heads, key.device) if paged else tier(codecs)
         self.padding = torch.zeros(batch, dtype=torch.bool)  # rows that end in padding
 
     @property
@@ -94,26 +100,28 @@ class LayerStore:
         window, n = self.window.sides(), self.window.longest
         if prefill == "strict":
             self._move_old()
+        token, rank = oldest[:, None, None] + torch.arange(n), ranks[:, :, None]  # ranks of each token of `window` and of each query
         if prefill == "exact" and valid is None and not before.any() and shape.softcap is None and sink is None:
             out = attend_first(q, *window, shape)
+        elif isinstance(self.body, PagedTier) and (q.shape[2] == 1 or (q.shape[2] <= STEPS and prefill == "exact")):
+            seen, body_length = self._seen(token, rank, body_before[:, None, None], prefill)
+            below = torch.arange(self.sinks.longest) < sinks_before[:, None, None]
+            seen = torch.cat([below.expand(-1, q.shape[2], -1), seen], 2)
+            near = [torch.cat([a.codes[0], b.codes[0]], 2) for a, b in zip(self.sinks.sides(), window, strict=True)]
+            body = self.body.body(body_length.amax((1, 2))) if self.body.longest else None  # all queries see the same of it
+            out = decode(q, body, ExactTokens(near[0], near[1], seen.to(q.device)), shape, sink)
         else:
-
-            def on(lengths: Tensor) -> Tensor:
-                return lengths.to(q.device)
-
-            token = on(oldest)[:, None, None] + torch.arange(n, device=q.device)  # rank of each token of `window`, [B, 1, n]
             parts = []
-            for queries, rank in zip(q.split(QUERIES, 2), on(ranks)[:, :, None].split(QUERIES, 1), strict=True):
-                seen = token <= rank  # [B, t, n]; tokens behind the end of a row have ranks above all
-                body_length = on(body_before)[:, None, None]
-                if prefill == "strict":
-                    body_length = self._body_length_at(rank, body_length)
-                    seen &= (token < self.recipe.sinks) | (token >= self.recipe.sinks + body_length)
+            sinks, stored = self.sinks.sides(), self.body.sides()
+            for queries, at in zip(q.split(QUERIES, 2), rank.split(QUERIES, 1), strict=True):
+                # Tokens behind the end of a row have ranks above all.
+                seen, body_length = self._seen(token.to(q.device), at.to(q.device), body_before.to(q.device)[:, None, None], prefill)
                 tiers = [attend(queries, *window, seen, shape)]
-                for tier, length in ((self.sinks, on(sinks_before)[:, None, None]), (self.body, body_length)):
+                held = (self.sinks, sinks, sinks_before.to(q.device)[:, None, None]), (self.body, stored, body_length)
+                for tier, sides, length in held:
                     if tier.longest:
                         below = torch.arange(tier.longest, device=q.device) < length
-                        tiers.append(attend(queries, *tier.sides(), below, shape))
+                        tiers.append(attend(queries, *sides, below, shape))
                 parts.append(merge(tiers, sink).out)
             out = torch.cat(parts, 2)
         if valid is not None:
@@ -122,10 +130,15 @@ class LayerStore:
             self._move_old()
         return out
 
-    def _body_length_at(self, rank: Tensor, body_before: Tensor) -> Tensor:
-        """How many tokens decoding one by one would have in the body when the token of `rank` comes."""
+    def _seen(self, token: Tensor, rank: Tensor, body_before: Tensor, prefill: Prefill) -> tuple[Tensor, Tensor]:
+        """Which tokens of the window each query sees, `[B, T, n]`, and how many of the body, `[B, T or 1, 1]`."""
+        seen = token <= rank
+        if prefill == "exact":
+            return seen, body_before
+        # What decoding one by one would have in the body when the token of `rank` comes.
         ripe = (rank - self.recipe.sinks - self.recipe.window).clamp_min(0) // self.body.block * self.body.block
-        return torch.maximum(ripe, body_before)
+        body = torch.maximum(ripe, body_before)
+        return seen & ((token < self.recipe.sinks) | (token >= self.recipe.sinks + body)), body
 
     def _move_old(self) -> None:
         """Move tokens that are too old for the window to where they stay."""

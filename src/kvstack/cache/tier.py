@@ -23,7 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _plainly(method: Callable[P, R]) -> Callable[P, R]:
+def plainly(method: Callable[P, R]) -> Callable[P, R]:
     """Buffers outlive the mode in which they were filled: they are no inference tensors, and hold no graph."""
 
     @wraps(method)
@@ -55,7 +55,7 @@ class Tier:
         """Bytes of the buffers, slack included, and of the lengths."""
         return self.lengths.nbytes + sum(t.untyped_storage().nbytes() for side in self.buffers for t in side)
 
-    @_plainly
+    @plainly
     def append(self, k: Tensor, v: Tensor, counts: Tensor) -> None:
         """Encode and store the first `counts[b]` tokens of row b of `k, v [B, H, n, D]`; n and the counts are multiples of `block`."""
         if not int(counts.sum()):
@@ -76,7 +76,7 @@ class Tier:
         )
         return key, value
 
-    @_plainly
+    @plainly
     def pop(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Remove the oldest `counts[b]` tokens of every row and return them decoded, `[B, H, max(counts), D]`, zero past the counts."""
         most = int(counts.max())
@@ -90,7 +90,7 @@ class Tier:
             self._map(lambda t: _shifted(t, counts, self.longest))
         return out[0], out[1]
 
-    @_plainly
+    @plainly
     def truncate(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Remove the newest `counts[b]` tokens of every row.
 
@@ -115,7 +115,7 @@ class Tier:
         codes = (t[rows, :, at.to(device).clamp_max(t.shape[2] - 1)].movedim(1, 2) for t in self.buffers[side])
         return codec.decode(tuple(codes))
 
-    @_plainly
+    @plainly
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, with repetitions (beams)."""
         self.lengths = self.lengths[rows.cpu()]

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from kvstack.codecs.base import Codec
-from kvstack.codecs.exact import ExactCodec
-from kvstack.codecs.fp8 import Fp8Codec
-from kvstack.codecs.packing import unpack
-from kvstack.codecs.polar import PolarCodec
+from kvstack.kernels.codes import to_page
 from kvstack.kernels.decode import choose
 from kvstack.kernels.pages import Pages, write
 
@@ -22,8 +19,7 @@ def append(pages: Pages, key: Codec, value: Codec, k: Tensor, v: Tensor, starts:
     not look.
     """
     if choose(k.device).name == "reference":
-        encoded = [_records(codec, x) for codec, x in ((key, k), (value, v))]
-        (k_codes, k_scale), (v_codes, v_scale) = encoded
+        (k_codes, k_scale), (v_codes, v_scale) = (to_page(codec, codec.encode(x)) for codec, x in ((key, k), (value, v)))
         write(pages, k_codes, v_codes, torch.stack([k_scale, v_scale], -1), starts, counts)
     elif pages.format.k == 16:
         from kvstack.kernels.plain import store  # needs Triton
@@ -33,14 +29,3 @@ def append(pages: Pages, key: Codec, value: Codec, k: Tensor, v: Tensor, starts:
         from kvstack.kernels.encode import encode
 
         encode(k, v, key, value, pages, starts, counts)
-
-
-def _records(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of `x` as a page has them, `[B, H, n, D]`, and scales `[B, H, n]`."""
-    if isinstance(codec, ExactCodec):
-        return codec.encode(x)[0].view(torch.int16), torch.ones(x.shape[:-1], dtype=torch.bfloat16, device=x.device)
-    codes, scale = codec.encode(x)
-    if isinstance(codec, Fp8Codec):
-        return codes.view(torch.uint8), scale
-    assert isinstance(codec, PolarCodec)
-    return unpack(codes, codec.bits), scale

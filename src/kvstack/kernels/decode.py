@@ -20,10 +20,9 @@ from torch import Tensor
 
 from kvstack.codecs.base import Codec
 from kvstack.codecs.exact import ExactCodec
-from kvstack.codecs.fp8 import Fp8Codec
-from kvstack.codecs.packing import pack
 from kvstack.codecs.polar import PolarCodec
 from kvstack.kernels import reference
+from kvstack.kernels.codes import from_page
 from kvstack.kernels.pages import PAGE, Pages, read
 from kvstack.kernels.reference import Shape, Side
 
@@ -108,6 +107,8 @@ def choose(device: torch.device, *codecs: Codec) -> Path:
     if find_spec("triton") is None:
         return Path("reference", "Triton is not installed; `pip install triton`")
     if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        if any(isinstance(c, ExactCodec) for c in codecs):
+            return Path("reference", "only the kernel for Hopper GPUs (sm_90) reads pages of 16 bits")
         return Path("portable", f"{torch.cuda.get_device_name(device)} is no Hopper GPU (sm_90)")
     if any(isinstance(c, PolarCodec) and not torch.equal(c.levels.to(torch.float8_e4m3fn).float(), c.levels) for c in codecs):
         return Path("portable", "the codebook is not of E4M3 numbers; `polar(codebook=e4m3)` is faster")
@@ -157,6 +158,8 @@ def decode(
 
 @cache
 def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -164,21 +167,11 @@ def _decode_reference(q: Tensor, body: Body | None, exact: Exact | None, shape: 
     parts = []
     if body is not None:
         k, v, scales = read(body.pages)
-        key = Side(body.key, _codes(body.key, k, scales[..., 0]))
-        value = Side(body.value, _codes(body.value, v, scales[..., 1]))
+        key = Side(body.key, from_page(body.key, k, scales[..., 0]))
+        value = Side(body.value, from_page(body.value, v, scales[..., 1]))
         below = torch.arange(k.shape[2], device=q.device) < body.pages.lengths[:, None, None]
         parts.append(reference.attend(q, key, value, below, shape))
     if exact is not None:
         key, value = (Side(ExactCodec(x.shape[-1], x.dtype), (x,)) for x in (exact.k, exact.v))
         parts.append(reference.attend(q, key, value, exact.seen, shape))
     return reference.merge(parts, sink).out.to(q.dtype)
-
-
-def _codes(codec: Codec, index: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """Codes of a page as the codec holds them."""
-    if isinstance(codec, ExactCodec):
-        return (index.view(codec.dtype),)
-    if isinstance(codec, Fp8Codec):
-        return index.view(torch.float8_e4m3fn), scale
-    assert isinstance(codec, PolarCodec)
-    return pack(index, codec.bits), scale

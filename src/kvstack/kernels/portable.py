@@ -55,6 +55,7 @@ def decode_pages(
     """
     f, (segments, rows, head_dim) = pages.format, q.shape
     batch, heads = pages.table.shape[0], pages.pool.shape[1]
+    assert max(f.k, f.v) <= 8, "pages of 16 bits are read by `hopper`"
     assert head_dim == f.head_dim and pages.pool.shape[-1] == f.nbytes and segments == batch * heads
     assert out.shape == (programs + segments, rows, head_dim) and lse2.shape == out.shape[:2] and bias.shape == q.shape[:2]
     floats = (q, bias, k_levels, v_levels, out, lse2)

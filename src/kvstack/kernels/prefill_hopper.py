@@ -1,4 +1,19 @@
-"""Prefill over a compressed past on Hopper (sm_90), in Gluon. Work in progress."""
+"""Prefill over a compressed past on Hopper (sm_90), in Gluon: as fast as attention over vectors that nobody has compressed.
+
+It computes what `prefill.prefill_pages` computes, for codebooks of E4M3 numbers, in two launches:
+
+    fold      scales of pages as float16 numbers relative to a power of two, in the order in which they are wanted; zero behind the ends
+    prefill   a program takes 128 query rows of one KV head through the pages of one split, with three groups of four warps:
+              one unpacks pages into float16 matrices in shared memory, K `[128, D]` and V `[D, 128]`, several stages of them,
+              and two, with 64 rows each, multiply, by `wgmma`, with weights and sums in registers
+
+The first group's integer instructions run beside the matrix products of the others, and a group's softmax beside the other group's
+products and, when a page's first product is started before the last one's second, beside its own. Registers move from the first group
+to the others. Codes become E4M3 numbers in registers as in `hopper`, these become float16 numbers by one instruction per pair, and one
+multiplies a pair by its scales. No thread exchanges numbers with another, and stores of eight bytes meet no bank twice.
+
+A barrier of one slot is passed from the unpacking group to the two (full), and back (free). `prefill` is its twin.
+"""
 
 from typing import Any
 
@@ -373,6 +388,7 @@ def prefill_kernel(
     D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, AHEAD: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
 ):  # fmt: skip
+    """128 query rows over one split of `prefill_pages`. columns: of the table. For the constants see `configuration`."""
     segment = gl.program_id(1).to(gl.int64)
     h = (segment % heads).to(gl.int32)
     b = segment // heads
@@ -421,7 +437,11 @@ def prefill_kernel(
 
 
 def configuration(f: Format) -> dict[str, Any]:
-    """What suits a format."""
+    """What suits a format.
+
+    N: tokens of a product. STAGES: pages in shared memory. OVERLAP: the next page's first product starts before this one's second.
+    AHEAD: a page's words are loaded a page ahead. CONSUMER, PRODUCER: registers of their threads.
+    """
     if f.head_dim == 256:
         return dict(N=64, STAGES=1, OVERLAP=False, AHEAD=False, CONSUMER=216, PRODUCER=72)
     return dict(N=128, STAGES=2, OVERLAP=True, AHEAD=max(f.k, f.v) < 8, CONSUMER=216, PRODUCER=72)
