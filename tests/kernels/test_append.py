@@ -14,7 +14,7 @@ from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
 from kvstack.errors import BadInputError
 from kvstack.kernels.append import append
-from kvstack.kernels.decode import _codes
+from kvstack.kernels.codes import from_page
 from kvstack.kernels.pages import PAGE, Format, Pages, read
 
 torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def test_pages_hold_the_codes_of_the_codecs(head_dim: int, k: int, v: int, dtype
     written = torch.zeros(len(STARTS), H, SLOTS * PAGE, dtype=torch.bool)
     found = read(pages)
     for i, (c, tokens) in enumerate(zip(codecs, x, strict=True)):
-        stored, wanted = _codes(c, found[i], found[2][..., i]), c.encode(tokens)
+        stored, wanted = from_page(c, found[i], found[2][..., i]), c.encode(tokens)
         for field, new in zip(stored, wanted, strict=True):  # codes, and scales if there are any
             for b, (start, count) in enumerate(zip(STARTS, COUNTS, strict=True)):
                 assert torch.equal(field[b, :, start : start + count].view(torch.uint8), new[b, :, :count].view(torch.uint8))

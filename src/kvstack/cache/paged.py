@@ -128,6 +128,6 @@ class PagedTier(Tier):
         if self.used > len(pool):
             # The first tokens are mostly a whole prompt, and get what they need; what grows once will grow again.
             size = self.used if not len(pool) else self.used + self.used // 128
-            pool = pool.new_empty(size, *pool.shape[1:])
+            pool = pool.new_zeros(size, *pool.shape[1:])  # no NaN behind the ends of rows
             pool[: len(p.pool)] = p.pool
         self.held, self.pages = held, Pages(p.format, pool, table.to(p.table.device), p.lengths)

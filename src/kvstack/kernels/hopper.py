@@ -346,18 +346,9 @@ def _decode(
             inside = i < n
             base = pool_ptr + (gl.load(ids + page + i, mask=inside, other=0).to(gl.int64) * H + h) * NBYTES
             _copy_page(
-                k_low.index(i),
-                k_high.index(i),
-                v_low.index(i),
-                v_high.index(i),
-                scales_shared.index(i),
-                base,
-                inside,
-                K,
-                V,
-                VALUES,
-                SCALES,
-            )
+                k_low.index(i), k_high.index(i), v_low.index(i), v_high.index(i), scales_shared.index(i),
+                base, inside, K, V, VALUES, SCALES,
+            )  # fmt: skip
         id_ahead = gl.load(ids + page + STAGES, mask=n > STAGES, other=0)
         async_copy.wait_group(STAGES - 1)
         gl.thread_barrier()

@@ -69,7 +69,7 @@ class Pages:
 
     pool: `[P, H, format.nbytes]` uint8. table: `[B, pages]` int32, the page of the pool that holds tokens 128 p and up of row b; any
     number below P behind the end of a row. lengths: `[B]` int32, tokens of every row, on the device. What lies behind a row's end in
-    its last page may be anything.
+    its last page may be anything, but with 8 and 16 bits no NaN.
     """
 
     format: Format
