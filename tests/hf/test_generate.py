@@ -59,6 +59,8 @@ def test_a_row_ends_at_its_eos_and_is_padded():
     free = generate(model, ids, mask, recipe="exact", max_new_tokens=10).tokens
     eos = int(free[0, 3])
     ended = generate(model, ids, mask, recipe="exact", max_new_tokens=10, eos_token_id=eos, pad_token_id=63).tokens
+    several = generate(model, ids, mask, recipe="exact", max_new_tokens=10, eos_token_id=[eos, 1000], pad_token_id=63).tokens
+    assert torch.equal(several, ended)
     for row, all_of_it in zip(ended, free, strict=True):
         at = (all_of_it == eos).nonzero()
         n = int(at[0]) + 1 if len(at) else len(all_of_it)
@@ -73,6 +75,15 @@ def test_sampling_draws_from_the_distribution():
     assert (drawn - p).abs().max() < 4 * (p * (1 - p) / 20_000).sqrt().max()
     nucleus = Choice(temperature=0.7, top_p=0.75)(logits).unique().tolist()
     assert nucleus == [2] if p[2] >= 0.75 else nucleus == [1, 2]
+
+
+def test_the_cache_is_as_small_as_it_says():
+    model, (ids, _) = model_of("qwen3-128"), prompts(1, 200)
+    exact = generate(model, ids, recipe="exact", max_new_tokens=4)
+    small = generate(model, ids, recipe="polar4", max_new_tokens=4)
+    assert exact.ratio == pytest.approx(203 / 205 / 2, abs=1e-3)  # the model is in float32, one slot is for the step and one not filled
+    tokens, record = 203, 2 * (64 + 2)
+    assert small.nbytes > tokens * 2 * 2 * record and small.ratio == pytest.approx(tokens * 2 * 2 * 512 / small.nbytes)
 
 
 def test_bad_input_is_refused():

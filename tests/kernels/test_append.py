@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 H, SLOTS, N = 2, 3, 150
 STARTS, COUNTS = [100, 256, 0], [150, 7, 0]
 CPU = torch.device("cpu")
+GPU = torch.cuda.is_available()
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,6 +41,11 @@ def noisy_pages(f: Format, rows: int) -> Pages:
     pool = torch.randint(256, (rows * SLOTS + 1, H, f.nbytes), dtype=torch.uint8, generator=random)
     table = torch.randperm(rows * SLOTS, generator=random).view(rows, SLOTS).int()
     return Pages(f, pool, table, torch.zeros(rows, dtype=torch.int32))
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Bit for bit, NaN too."""
+    return x.dtype == y.dtype and torch.equal(*(t.clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (x, y)))
 
 
 def ints(values: list[int]) -> Tensor:
@@ -68,13 +74,13 @@ def test_pages_hold_the_codes_of_the_codecs(head_dim: int, k: int, v: int, dtype
         stored, wanted = from_page(c, found[i], found[2][..., i]), c.encode(tokens)
         for field, new in zip(stored, wanted, strict=True):  # codes, and scales if there are any
             for b, (start, count) in enumerate(zip(STARTS, COUNTS, strict=True)):
-                assert torch.equal(field[b, :, start : start + count].view(torch.uint8), new[b, :, :count].view(torch.uint8))
+                assert same(field[b, :, start : start + count], new[b, :, :count])
                 written[b, :, start : start + count] = True
         if isinstance(c, ExactCodec):
             assert bool((found[2][..., i][written] == 1).all())
     assert torch.equal(pages.pool[-1], free)
     for now, was in zip(found, before, strict=True):
-        assert torch.equal(now[~written].view(torch.uint8), was[~written].view(torch.uint8))
+        assert same(now[~written], was[~written])
 
 
 @pytest.mark.parametrize("bits", [3, 8, 16])
@@ -97,3 +103,15 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_stored(bits: int
     with pytest.raises(BadInputError, match="NaN or Inf"):
         append(pages, side, side, x, broken, ints([0]), ints([2]))
     assert torch.equal(pages.pool, before)
+
+
+@pytest.mark.skipif(not GPU, reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_kernel_stores_numbers_as_the_codec_does(dtype: torch.dtype) -> None:
+    """Whatever the type of what comes."""
+    side, x = ExactCodec(128, torch.bfloat16), draw(1, 2, H, 40, 128).to(dtype)
+    here = noisy_pages(Format(128, 16, 16), 2)
+    there = Pages(here.format, *(t.cuda() for t in (here.pool, here.table, here.lengths)))
+    append(here, side, side, x, 2 * x, ints([110, 3]), ints([40, 7]))
+    append(there, side, side, x.cuda(), 2 * x.cuda(), ints([110, 3]).cuda(), ints([40, 7]).cuda())
+    assert torch.equal(here.pool, there.pool.cpu())

@@ -49,7 +49,8 @@ def filled(key: Codec, value: Codec, f: Format, lengths: tuple[int, ...]) -> Bod
     table = ids[-1].repeat(len(lengths), max(counts) + 1)
     for row, own in zip(table, ids[: sum(counts)].split(counts), strict=True):
         row[: len(own)] = own
-    pool = torch.full((len(ids), HEADS, f.nbytes), 0xFF, dtype=torch.uint8, device=DEVICE)  # scales and E4M3 numbers that are NaN
+    pool = torch.full((len(ids), HEADS, f.nbytes), 0x77, dtype=torch.uint8, device=DEVICE)  # codes of large numbers
+    pool[..., f.scale_offset :] = 0xFF  # scales that are NaN
     pages = Pages(f, pool, table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     k, v = (draw(seed, len(lengths), HEADS, max(lengths), f.head_dim, dtype=torch.float16) for seed in (1, 2))
     append(pages, key, value, k, v, torch.zeros_like(pages.lengths), pages.lengths)

@@ -1,4 +1,4 @@
-"""Merging partials in a kernel is `reference.merge` of them, moved back by the codec; slots that the schedule does not name are poison."""
+"""Merging partials in a kernel is `reference.merge` of them, moved back by the codec. Slots that the schedule does not name are NaN."""
 
 import math
 from collections.abc import Sequence

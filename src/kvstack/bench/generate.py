@@ -118,7 +118,7 @@ def _filled(model: Any, cache: StaticCache, batch: int, context: int, steps: int
             scramble(layer.store.body.pages.format, layer.store.body.pages.pool)
     cache.steps.lengths.fill_(context)
     cache.steps.refresh()
-    return DecodeLoop(model, cache, out.logits[:, -1], steps + 1, Choice(), None, 0)
+    return DecodeLoop(model, cache, out.logits[:, -1], steps + 1, Choice(), (), 0)
 
 
 def _fitting(model: Any, recipe: Recipe, tokens: int) -> int:

@@ -1,7 +1,9 @@
 """`kvstack run`: generate text with a compressed cache, and say what the cache cost.
 
-The text goes to standard output as it is made, the table about the cache to standard error, so that either can be kept apart. With
-`--json` there is one object on standard output and nothing else. Prompts are given to the model as they are: no chat template.
+On a GPU `kvstack.generate` does it where it can (which way was taken, and why, is said); else the model's own `generate`, which prints
+the text as it is made. The text goes to standard output, the table about the cache to standard error, so that either can be kept
+apart. With `--json` there is one object on standard output and nothing else. Prompts are given to the model as they are: no chat
+template.
 """
 
 import json
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +22,8 @@ from kvstack import artefact
 from kvstack.errors import BadInputError
 from kvstack.hf import models
 from kvstack.hf.cache import Cache
+from kvstack.hf.generate import generate
+from kvstack.hf.static import obstacle
 from kvstack.lab.registry import load, load_profile
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
@@ -53,32 +58,64 @@ def run(
     used = inputs["input_ids"].shape[1]
     remedy = f"The prompt has {used}. Shorten it or lower --max-new-tokens."
     models.check_context(lm, used + max_new_tokens, remedy)
-    cache = Cache(lm, stack, profile=calibrated)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ends = lm.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends
+    why = _no_graph(lm, stack, calibrated, save_cache)
     start = time.perf_counter()
-    sequence = lm.generate(
-        **inputs,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
-    )[0]
-    seconds = time.perf_counter() - start
-    if save_cache:
-        cache.save(save_cache)
+    if why is None:
+        out = generate(
+            lm,
+            inputs["input_ids"],
+            recipe=stack,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            profile=calibrated,
+        )
+        new, seconds = out.tokens[0], time.perf_counter() - start
+        at = torch.isin(new, torch.tensor(ends or [], device=new.device)).nonzero()
+        new = new[: int(at[0]) + 1] if len(at) else new
+        nbytes, ratio = out.nbytes, out.ratio
+    else:
+        cache = Cache(lm, stack, profile=calibrated)
+        sequence = lm.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            pad_token_id=pad,
+            **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
+        )[0]
+        new, seconds = sequence[used:], time.perf_counter() - start
+        nbytes, ratio = cache.nbytes, cache.ratio
+        if save_cache:
+            cache.save(save_cache)
     found = {
         "model": model,
         "recipe": str(stack),
         "prompt_tokens": used,
-        "new_tokens": len(sequence) - used,
+        "new_tokens": len(new),
         "seconds": round(seconds, 3),
-        "cache_bytes": cache.nbytes,
-        "ratio": cache.ratio,
+        "cache_bytes": nbytes,
+        "ratio": ratio,
+        "path": "a CUDA graph per token" if why is None else f"the model's own generate: {why}",
     }
+    answer = tokenizer.decode(new, skip_special_tokens=True)
+    if why is None and not as_json:
+        typer.echo(answer)
     if as_json:
-        typer.echo(json.dumps({**found, "text": tokenizer.decode(sequence[used:], skip_special_tokens=True)}, indent=1))
+        typer.echo(json.dumps({**found, "text": answer}, indent=1))
     else:
         Console(stderr=True).print(_table(found))
+
+
+def _no_graph(model: Any, recipe: Recipe, profile: Profile | None, save_cache: Path | None) -> str | None:
+    """Why `kvstack.generate` is not for this; None when it is."""
+    if model.device.type != "cuda":
+        return "the model is not on a GPU"
+    return "the cache shall be saved" if save_cache else obstacle(model, recipe, profile)
 
 
 def _table(found: dict[str, Any]) -> Table:

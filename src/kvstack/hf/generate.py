@@ -10,6 +10,7 @@ to the model's own `generate`.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,15 @@ PROMPT_TOKENS = 8192  # read at once, unless one prompt is longer
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: `[B, steps]` new tokens, padding after a row's end. nbytes: reserved by the cache. Times are in seconds.
+    """tokens: `[B, steps]` new tokens, padding after a row's end. nbytes: reserved by the cache; ratio: bf16 bytes of the tokens that
+    it holds at the end over those. Times are in seconds.
 
     steps: that were timed by `decode_s`; those before are in `prefill_s`, with compilation and recording.
     """
 
     tokens: Tensor
     nbytes: int
+    ratio: float
     prefill_s: float
     decode_s: float
     steps: int
@@ -82,7 +85,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     profile: Profile | None = None,
     graph: bool | None = None,
@@ -90,8 +93,8 @@ def generate(
     """Continue the prompts `input_ids [B, n]`, of which `attention_mask [B, n]` hides padding (on either side).
 
     temperature: 0 takes the likeliest token. top_p: sample from the likeliest tokens of this total probability, with torch's generator.
-    eos_token_id: ends a row; pad_token_id: what follows it. profile: calibrated centres, for recipes that ask for them.
-    graph: replay a CUDA graph; None: when the model is on a GPU.
+    eos_token_id: one or more tokens that end a row; pad_token_id: what follows. profile: calibrated centres, for recipes that ask for
+    them. graph: replay a CUDA graph; None: when the model is on a GPU.
     Raises BadInputError for bad arguments, and what `StaticCache` raises.
     """
     recipe, choice = Recipe.parse(recipe), Choice(temperature, top_p)
@@ -103,7 +106,7 @@ def generate(
     graph = model.device.type == "cuda" if graph is None else graph
     cache = StaticCache(model, recipe, len(prompts), longest + max_new_tokens, profile)
     began = time.perf_counter()
-    loop = DecodeLoop(model, cache, _read(model, cache, prompts), max_new_tokens, choice, eos_token_id, pad_token_id)
+    loop = DecodeLoop(model, cache, _read(model, cache, prompts), max_new_tokens, choice, _ends(eos_token_id), pad_token_id)
     left = max_new_tokens - 1  # the first token is the prompt's
     for _ in range(min(PLAIN_STEPS, left) if graph else 0):
         loop.step()
@@ -112,25 +115,27 @@ def generate(
     _wait(model)
     middle, timed = time.perf_counter(), 0
     while timed < left:
-        if eos_token_id is not None and timed % LOOK == 0 and bool(loop.done.all()):
+        if loop.ends and timed % LOOK == 0 and bool(loop.done.all()):
             break
         step()
         timed += 1
     _wait(model)
     tokens = loop.tokens[:, : max_new_tokens - left + timed]
-    return Generation(tokens.clone(), cache.nbytes, middle - began, time.perf_counter() - middle, timed)
+    ratio = int(cache.steps.lengths.sum()) * cache.bf16_bytes_per_token / cache.nbytes
+    return Generation(tokens.clone(), cache.nbytes, ratio, middle - began, time.perf_counter() - middle, timed)
 
 
 class DecodeLoop:
     """State of the decode loop, all of it in place on the device."""
 
     def __init__(
-        self, model: Any, cache: StaticCache, first: Tensor, max_new_tokens: int, choice: Choice, eos: int | None, pad: int
+        self, model: Any, cache: StaticCache, first: Tensor, max_new_tokens: int, choice: Choice, ends: Sequence[int], pad: int
     ) -> None:
-        self.model, self.cache, self.choice, self.eos, self.pad = model, cache, choice, eos, pad
+        self.model, self.cache, self.choice, self.ends, self.pad = model, cache, choice, ends, pad
         token = choice(first)
         self.token = token[:, None].clone()
-        self.done = token == eos if eos is not None else torch.zeros_like(token, dtype=torch.bool)
+        self.done = torch.zeros_like(token, dtype=torch.bool)
+        self._mark(token)
         self.tokens = torch.full((len(token), max_new_tokens), pad, device=token.device)
         self.tokens[:, 0] = token
         self.at = torch.ones(len(token), 1, dtype=torch.long, device=token.device)
@@ -142,11 +147,18 @@ class DecodeLoop:
         logits = self.model(input_ids=self.token, position_ids=positions, past_key_values=self.cache, use_cache=True).logits[:, -1]
         steps.advance()
         token = self.choice(logits).masked_fill(self.done, self.pad)
-        if self.eos is not None:
-            self.done |= token == self.eos
+        self._mark(token)
         self.token.copy_(token[:, None])
         self.tokens.scatter_(1, self.at, self.token)
         self.at += 1
+
+    def _mark(self, token: Tensor) -> None:
+        for end in self.ends:
+            self.done |= token == end
+
+
+def _ends(tokens: int | Sequence[int] | None) -> Sequence[int]:
+    return () if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
 
 def _read(model: Any, cache: StaticCache, prompts: list[Tensor]) -> Tensor:

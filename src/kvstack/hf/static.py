@@ -7,6 +7,7 @@ lengths.
 
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import DynamicCache
@@ -14,10 +15,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvstack.cache.static import Size, StaticStore, Steps
 from kvstack.codecs import Exact
-from kvstack.codecs.base import Context
-from kvstack.errors import UnsupportedModelError
+from kvstack.codecs.base import Codec, Context, Side
+from kvstack.errors import KVStackError, UnsupportedModelError
 from kvstack.hf import models
 from kvstack.hf.attention import NAME, Fresh, Slots
+from kvstack.kernels.codes import page_format
 from kvstack.kernels.decode import choose
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
@@ -84,6 +86,8 @@ class StaticCache(transformers.Cache):  # type: ignore[misc]
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         # Where no kernel reads pages of 16 bits, all tokens are window.
         exact = isinstance(recipe.precision, Exact) and choose(model.device).name != "hopper"
+        if not exact:
+            _check_pages(model, recipe, profile)
         self.steps = Steps(
             Size(batch, heads, capacity), 0 if exact else recipe.sinks, capacity if exact else recipe.window, model.device
         )
@@ -93,3 +97,29 @@ class StaticCache(transformers.Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes that are reserved."""
         return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
+
+    @property
+    def bf16_bytes_per_token(self) -> int:
+        """Bytes of one token of one row in bf16."""
+        exact = (x for layer in self.layers if layer.store is not None for x in layer.store.exact)
+        return sum(2 * x.shape[1] * x.shape[-1] for x in exact)
+
+
+def obstacle(model: Any, recipe: Recipe, profile: Profile | None = None) -> str | None:
+    """Why there can be no `StaticCache` of this recipe for the model; None when there can."""
+    try:
+        StaticCache(model, recipe, 1, 1, profile)
+    except KVStackError as e:
+        return str(e)
+    return None
+
+
+def _check_pages(model: Any, recipe: Recipe, profile: Profile | None) -> None:
+    """Let a recipe without a page format fail now and not in the middle of a forward."""
+    size = models.head_dim(model)
+
+    def codec(side: Side) -> Codec:
+        centre = None if profile is None else getattr(profile, f"{side}_centre")[0]
+        return recipe.precision.build(side, Context(size, 1, model.dtype, torch.device("cpu"), centre))
+
+    page_format(size, codec("key"), codec("value"))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvstack.codecs.base import Codec
+from kvstack.codecs.exact import ExactCodec
 from kvstack.kernels.codes import to_page
 from kvstack.kernels.decode import choose
 from kvstack.kernels.pages import Pages, write
@@ -21,10 +22,10 @@ def append(pages: Pages, key: Codec, value: Codec, k: Tensor, v: Tensor, starts:
     if choose(k.device).name == "reference":
         (k_codes, k_scale), (v_codes, v_scale) = (to_page(codec, codec.encode(x)) for codec, x in ((key, k), (value, v)))
         write(pages, k_codes, v_codes, torch.stack([k_scale, v_scale], -1), starts, counts)
-    elif pages.format.k == 16:
+    elif isinstance(key, ExactCodec) and isinstance(value, ExactCodec):
         from kvstack.kernels.plain import store  # needs Triton
 
-        store(k, v, pages, starts, counts)
+        store(k.to(key.dtype), v.to(value.dtype), pages, starts, counts)
     else:
         from kvstack.kernels.encode import encode
 
