@@ -26,7 +26,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS = 2
 RAGGED = (300, 0, 1, 129, 128)
 PAIRS = [
-    (d, k, v) for d, k, v in itertools.product((64, 128, 256), WIDTHS, WIDTHS) if not (d == 64 and k == 3) and (d == 128 or k != v)
+    (d, k, v)
+    for d, k, v in itertools.product((64, 128, 256), WIDTHS, WIDTHS)
+    if max(k, v) <= 8 and not (d == 64 and k == 3) and (d == 128 or k != v)
 ]
 
 
