@@ -62,7 +62,7 @@ def test_random_pages_are_random_and_end_in_nan() -> None:
     k, _, scales = read(pages)
     assert scales[0, :, 130:].isnan().all() and scales[0, :, :130].isfinite().all() and scales[1].isfinite().all()
     numbers = k.view(torch.float8_e4m3fn).float()
-    assert numbers.isfinite().all() and 90 < numbers.std() < 110
+    assert numbers.isfinite().all() and 45 < numbers.std() < 55
     logits = (numbers * scales[..., :1].float() @ torch.randn(128, 500) / 128**0.5)[1]
     assert 0.8 < logits.std() < 2
     held = [pages.table[b, : -(-n // 128)].tolist() for b, n in enumerate(lengths)]

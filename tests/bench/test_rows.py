@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from kvstack.bench import decode, own, report, timing
+from kvstack.bench import decode, own, report, timing, trial
 from kvstack.bench.contender import Contender, Run
 from kvstack.bench.problem import Problem
 from kvstack.environment import write_results
@@ -91,7 +91,7 @@ def test_a_slow_peer_does_not_squeeze_the_plot() -> None:
 
 
 def check(contender: Contender) -> decode.Row:
-    return decode._check(contender, Problem((1,), 4, 2, 8), CPU)
+    return trial.check(contender, Problem((1,), 4, 2, 8), CPU)
 
 
 def test_nothing_of_ours_is_timed_on_a_red_check() -> None:
@@ -99,6 +99,20 @@ def test_nothing_of_ours_is_timed_on_a_red_check() -> None:
     for factor in (1.1, float("nan")):
         with pytest.raises(KVStackError, match="4 bits was not timed: its output is wrong by"):
             check(fake(own.NAME, "4", factor))
+
+
+def test_a_check_is_made_once_for_problems_that_have_it_in_common() -> None:
+    built: list[Problem] = []
+
+    def build(problem: Problem, _: torch.device) -> Run:
+        built.append(problem)
+        return Run(lambda: torch.ones(1), lambda: torch.ones(1), 100, "made up")
+
+    c = Contender(own.NAME, "4", 1e-2, lambda p: "it is too long" if p.tokens > 1 else None, build, lengths=(1,))
+    problems = [Problem.parse(shape, 4, 2, 8) for shape in ("1x5", "8x9")]
+    found = list(trial.trials(problems, [c], CPU, 1, lambda *_: None))
+    assert [p for p, _ in found] == problems and built == [problems[0].like((1,))]
+    assert [row for _, ((_, row),) in found] == [{"error": 0.0, "reason": "it is too long"}] * 2
 
 
 def test_a_peer_that_is_wrong_or_fails_is_left_out_with_a_reason() -> None:
@@ -116,12 +130,12 @@ def test_a_peer_that_is_wrong_or_fails_is_left_out_with_a_reason() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here there is one")
 def test_there_must_be_a_gpu() -> None:
     with pytest.raises(KVStackError, match="Run it on a machine with one"):
-        decode.gpu()
+        trial.gpu()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_time_on_a_gpu() -> None:
-    device = decode.gpu()
+    device = trial.gpu()
     x = torch.randn(1 << 28, device=device)
     found = timing.time_calls([x.sin_, x.cos_], replays=3)
     assert found.calls % 2 == 0 and 0.3 < 2 * x.nbytes / found.us / 1e6 / timing.copy_tb_s(device) < 1.3

@@ -13,7 +13,12 @@ from kvstack.cli import bench
 from kvstack.cli.main import BENCH_COMMANDS, app
 
 runner = CliRunner()
-OPTIONS = {"decode": ["shape", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "plot", "quick"]}
+OPTIONS = {
+    "decode": ["shape", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "plot", "quick"],
+    "prefill": ["chunk", "past", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "quick"],
+    "encode": ["shape", "kv_heads", "head_dim", "bits", "json_out", "quick"],
+    "generate": ["shape", "recipe", "context", "batch", "steps", "json_out"],
+}
 
 
 def invoke(*args: str, code: int = 0) -> Any:
@@ -55,6 +60,63 @@ def test_bad_options(args: list[str], message: str) -> None:
 def test_without_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "new" / "r.json"
     result = invoke("decode", "--quick", "--json", str(path), code=2)
+    assert "no CUDA GPU" in result.stderr and "kvstack doctor" in result.stderr and not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--shape", "qwen3"], "There is no shape 'qwen3'. Give one of qwen3-8b, llama-3.2-1b."),
+        (["--recipe", "polar4", "--recipe", "polr4"], "There is no word 'polr4'"),
+        (["--context", "31"], "Invalid value for '--context'"),
+        (["--steps", "1"], "Invalid value for '--steps'"),
+        (["--batch", "0"], "Invalid value for '--batch'"),
+        (["--json", "/dev/null/x.json"], "Give another place"),
+    ],
+)
+def test_bad_options_of_generate(args: list[str], message: str) -> None:
+    assert message in " ".join(invoke("generate", *args, code=2).stderr.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is one")
+def test_generate_without_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    result = invoke("generate", "--json", str(path), "--recipe", "exact", code=2)
+    assert "no CUDA GPU" in result.stderr and not path.exists()
+
+
+@pytest.mark.parametrize("name", ["prefill", "encode"])
+def test_help_of_kernels_says_what_is_checked(name: str) -> None:
+    text = invoke(name, "--help").output
+    assert all(word in text for word in ("first checked against", "Times are medians", "--json", "--quick", f"kvstack bench {name}"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["prefill", "--chunk", "0"], "Invalid value for '--chunk'"),
+        (["prefill", "--heads", "30"], "30 query heads cannot share 8"),
+        (["prefill", "--bits", "4, 16"], "Prefill kernels read codes of 2 to 8 bits, not 16"),
+        (["prefill", "--peers", "turboquant"], "Give some of: sdpa, flash3"),
+        (["prefill", "--bits", "", "--peers", ""], "nothing to measure"),
+        (["prefill", "--json", "/dev/null/x.json"], "Give another place"),
+        (["encode", "--shape", "9"], "'9' is no shape"),
+        (["encode", "--bits", "4+"], "'4+' are no bits"),
+        (["encode", "--bits", "8+search"], "not searched for"),
+        (["encode", "--head-dim", "80"], "head sizes of 64, 128 and 256"),
+        (["encode", "--bits", ""], "nothing to measure"),
+        (["encode", "--json", "/dev/null/x.json"], "Give another place"),
+    ],
+)
+def test_bad_options_of_kernels(args: list[str], message: str) -> None:
+    assert message in " ".join(invoke(*args, code=2).stderr.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is one")
+@pytest.mark.parametrize("name", ["prefill", "encode"])
+def test_kernels_without_a_gpu(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.json"
+    result = invoke(name, "--quick", "--json", str(path), code=2)
     assert "no CUDA GPU" in result.stderr and "kvstack doctor" in result.stderr and not path.exists()
 
 

@@ -1,30 +1,36 @@
 """A contender: one way to compute a `Problem` on a GPU, ours or another library's, and the check that it does compute it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvstack.bench.problem import Problem
 
+NAME = "kvstack"  # the name of contenders of ours
+_QUERIES = 333  # new tokens a row, at most, of a problem to check
+
 
 @dataclass(frozen=True)
 class Run:
     """A problem with its data, ready to be computed again and again.
 
-    call: one decode step from the query to the output, `[B, Hq, D]` but for dimensions of size 1; it must not wait for the device.
-    want: the same in float64, from the same stored data. nbytes: of K and V as stored, which a call must read at least once.
-    detail: what runs, for the results file.
+    call: from the queries to the output, whose numbers are in the order of `want`; it must not wait for the device. want: the same in
+    float64, from the same stored data; None where outputs are checked in another way. nbytes: that a call must move at least, for
+    attention those of K and V as stored. detail: what runs, for the results file. held: bytes of memory that a call touches here and
+    there, if that is more than nbytes.
     """
 
-    call: Callable[[], Tensor]
-    want: Callable[[], Tensor]
+    call: Callable[[], Any]
+    want: Callable[[], Tensor] | None
     nbytes: int
     detail: str
+    held: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,15 @@ class Contender:
     lengths: tuple[int, ...] = (1024, 1024)
     precise: bool = False
 
+    def small(self, problem: Problem) -> Problem:
+        """The problem with the heads of `problem` that the contender is checked on."""
+        few = replace(problem, queries=min(problem.queries, _QUERIES))
+        return few.like(self.lengths, torch.float32 if self.precise else None)
+
     def error(self, problem: Problem, device: torch.device) -> float:
         """The error on a small problem with the heads of `problem`; NaN when the output has one."""
-        run = self.build(problem.like(self.lengths, torch.float32 if self.precise else None), device)
+        run = self.build(self.small(problem), device)
+        assert run.want is not None
         want = run.want()
         return float((run.call().double().reshape(want.shape) - want).norm() / want.norm())
 

@@ -1,13 +1,14 @@
-"""Our decode kernel as contenders: one per pair of bits, over pages of random codes made on the GPU."""
+"""Our kernels as contenders: one per pair of bits, over pages of random codes made on the GPU."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvstack.bench.contender import Contender, Run, not_capable
-from kvstack.bench.problem import Problem, attention, random_query
+from kvstack.bench.contender import NAME, Contender, Run, not_capable
+from kvstack.bench.problem import Problem, attention, random_queries
 from kvstack.codecs.base import Codec
 from kvstack.codecs.exact import ExactCodec
 from kvstack.codecs.fp8 import Fp8Codec
@@ -18,50 +19,63 @@ from kvstack.kernels.decode import Body, choose, decode
 from kvstack.kernels.pages import PAGE, Format, Pages, read
 from kvstack.kernels.reference import Shape
 
-NAME = "kvstack"
+Attend = Callable[[Tensor, Body, Shape], Tensor]  # of queries [B, Hq, T, D]
 RAGGED = (1, 127, 128, 1000, 5000)
 _SPREAD = 50.0  # standard deviation of random E4M3 numbers, which end at 448 and go on with NaN
 
 
-def contenders(bits: str, head_dim: int) -> list[Contender]:
+def decode_step(q: Tensor, body: Body, shape: Shape) -> Tensor:
+    """What `bench decode` measures."""
+    return decode(q, body, None, shape)
+
+
+def contenders(bits: str, head_dim: int, attend: Attend = decode_step) -> list[Contender]:
     """Contenders for a text such as `4, 3, k4v2, 8`. Raises BadInputError or RecipeError for what has no page format."""
-    found = []
-    for word in filter(None, (w.strip() for w in bits.split(","))):
-        match = re.fullmatch(r"(\d+)|k(\d+)v(\d+)", word)
-        if not match:
-            raise BadInputError(f"{word!r} are no bits. Give a number such as 4, or one for keys and one for values, such as k4v2.")
-        k, v = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
-        f = Format(head_dim, k, v)
-        found.append(Contender(NAME, word, 2e-3, partial(_missing, f), partial(_build, f), RAGGED, precise=True))
-    return found
+    formats = [(word, page_format(word, head_dim)) for word in words(bits)]
+    return [Contender(NAME, word, 2e-3, partial(missing, f), partial(_build, f, attend), RAGGED, precise=True) for word, f in formats]
 
 
-def _missing(f: Format, _: Problem) -> str | None:
+def words(text: str) -> list[str]:
+    """What commas separate."""
+    return [word for word in (w.strip() for w in text.split(",")) if word]
+
+
+def page_format(word: str, head_dim: int) -> Format:
+    """The page format of bits such as `4` or `k4v2`. Raises BadInputError or RecipeError."""
+    match = re.fullmatch(r"(\d+)|k(\d+)v(\d+)", word)
+    if not match:
+        raise BadInputError(f"{word!r} are no bits. Give a number such as 4, or one for keys and one for values, such as k4v2.")
+    k, v = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
+    return Format(head_dim, k, v)
+
+
+def missing(f: Format, _: Problem) -> str | None:
+    """Why our kernels for pages of a format cannot run here, or None."""
     if reason := not_capable(least=(8, 0)):
         return reason
     device = torch.device("cuda")
-    path = choose(device, *(_codec(bits, f.head_dim, device) for bits in (f.k, f.v)))
+    path = choose(device, *(codec(bits, f.head_dim, device) for bits in (f.k, f.v)))
     return path.reason if path.name == "reference" else None
 
 
-def _build(f: Format, problem: Problem, device: torch.device) -> Run:
-    codecs = (_codec(f.k, f.head_dim, device), _codec(f.v, f.head_dim, device))
+def _build(f: Format, attend: Attend, problem: Problem, device: torch.device) -> Run:
+    codecs = (codec(f.k, f.head_dim, device), codec(f.v, f.head_dim, device))
     body = Body.of(random_pages(f, problem, device), *codecs)
-    q = random_query(problem, device)
-    shape = Shape(problem.scale)
+    q = random_queries(problem, device)
     tiles = sum(-(-n // PAGE) for n in problem.lengths) * problem.kv_heads
     return Run(
-        call=lambda: decode(q[:, :, None], body, None, shape),
+        call=partial(attend, q, body, Shape(problem.scale)),
         want=lambda: attention(q, *_decoded(body), problem),
         nbytes=tiles * f.nbytes,
         detail=f"{body.path.name} kernel",
     )
 
 
-def _codec(bits: int, head_dim: int, device: torch.device) -> Codec:
+def codec(bits: int, head_dim: int, device: torch.device, search: bool = False) -> Codec:
+    """The codec of K or V with these bits that is the fastest to read."""
     if bits == 16:
         return ExactCodec(head_dim, torch.bfloat16)
-    return Fp8Codec(head_dim) if bits == 8 else PolarCodec(rotation(head_dim, 0, device), bits, codebook="e4m3")
+    return Fp8Codec(head_dim) if bits == 8 else PolarCodec(rotation(head_dim, 0, device), bits, codebook="e4m3", search=search)
 
 
 def random_pages(f: Format, problem: Problem, device: torch.device) -> Pages:

@@ -1,8 +1,8 @@
-"""What is computed: attention of one new query per row over B rows of N tokens, and the same in float64.
+"""What is computed: attention of new queries over B rows of N tokens, all of which they see, and the same in float64.
 
-    q [B, Hq, D]    k, v [B, N, H, D]    out [B, Hq, D]
+    q [B, Hq, T, D]    k, v [B, N, H, D]    out [B, Hq, T, D]
 
-Nothing here knows of kernels or of time.
+A decode step has one query per row and head, and there q and out are `[B, Hq, D]`. Nothing here knows of kernels or of time.
 """
 
 import re
@@ -17,13 +17,15 @@ from kvstack.errors import BadInputError
 
 @dataclass(frozen=True)
 class Problem:
-    """lengths: tokens of every row. heads: query heads, in groups that share one of `kv_heads`. dtype: of the query and the output."""
+    """lengths: tokens of every row. heads: query heads, in groups that share one of `kv_heads`. dtype: of the queries and the output.
+    queries: new tokens T of every row."""
 
     lengths: tuple[int, ...]
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    queries: int = 1
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
@@ -60,8 +62,13 @@ class Problem:
 
 
 def random_query(problem: Problem, device: torch.device) -> Tensor:
-    """A query `[B, Hq, D]`."""
-    return torch.randn(problem.batch, problem.heads, problem.head_dim, device=device, dtype=problem.dtype)
+    """The queries `[B, Hq, D]` of a decode step."""
+    return random_queries(problem, device).squeeze(2)
+
+
+def random_queries(problem: Problem, device: torch.device) -> Tensor:
+    """Queries `[B, Hq, T, D]`."""
+    return torch.randn(problem.batch, problem.heads, problem.queries, problem.head_dim, device=device, dtype=problem.dtype)
 
 
 def random_tokens(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -72,11 +79,11 @@ def random_tokens(problem: Problem, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
-    """The attention `[B, Hq, D]` in float64. What lies behind the end of a row may be anything."""
+    """The attention in float64, of the shape of `q`. What lies behind the end of a row may be anything."""
     rows = []
     for b, n in enumerate(problem.lengths):
         keys, values = (x[b, :n].double().movedim(1, 0) for x in (k, v))  # [H, n, D]
-        grouped = q[b].double().unflatten(0, (problem.kv_heads, -1))  # [H, G, D]
+        grouped = q[b].double().reshape(problem.kv_heads, -1, problem.head_dim)  # [H, G * T, D]
         weights = (grouped @ keys.transpose(1, 2) * problem.scale).softmax(-1)
-        rows.append((weights @ values).flatten(0, 1))
+        rows.append((weights @ values).reshape(q.shape[1:]))
     return torch.stack(rows)

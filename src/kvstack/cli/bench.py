@@ -1,7 +1,8 @@
 """`kvstack bench`: speed on this machine's GPU, beside other libraries that are installed, in one process.
 
-`decode`: attention of a decode step. `generate`: a whole model's decode loop. The tables go to the terminal, the rows to a results
-file (`environment.write_results`), the picture to a PNG. What is measured and how is the business of `bench/`.
+`decode`: attention of a decode step. `prefill`: of a chunk of new tokens over a compressed past. `encode`: new tokens into pages.
+`generate`: a whole model's decode loop. The tables go to the terminal, the rows to a results file (`environment.write_results`), the
+picture to a PNG. What is measured and how is the business of `bench/`.
 """
 
 import shlex
@@ -19,50 +20,112 @@ from rich.table import Table
 
 from kvstack import artefact
 from kvstack.bench import decode as decoding
+from kvstack.bench import encode as encoding
 from kvstack.bench import generate as generating
 from kvstack.bench import own, peers, report
+from kvstack.bench import prefill as prefilling
+from kvstack.bench.contender import Contender
 from kvstack.bench.problem import Problem
+from kvstack.bench.trial import Row, gpu
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError
+from kvstack.recipe import Recipe
 
 EXAMPLES = """
 kvstack bench decode
 kvstack bench decode --shape 32x32768 --bits "4, k4v2" --peers "sdpa, flash3"
 kvstack bench decode --json results/decode_h200.json --plot out/decode_h200.png
+kvstack bench prefill --chunk 2048 --past 131072 --json out/prefill.json
+kvstack bench encode --shape 1x32768 --shape 32x1 --bits "4, 4+search" --quick
 kvstack bench generate --shape qwen3-8b --context 32768
 """
+
+QueryHeads = Annotated[int, typer.Option(min=1, help="Query heads.")]
+KvHeads = Annotated[int, typer.Option(min=1, help="KV heads.")]
+HeadDim = Annotated[int, typer.Option(min=1, help="Size of a head.")]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few repetitions: to see that it works.")]
 
 
 def decode(
     shape: Annotated[
         list[str] | None, typer.Option(help=f"Rows x tokens; can be given several times. Default: {', '.join(decoding.SHAPES)}.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 128,
+    heads: QueryHeads = 32,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
     bits: Annotated[str, typer.Option(help="Our own bits, separated by commas.")] = "4, 3, 2, k4v2, 8, 16",
     names: Annotated[str, typer.Option("--peers", help="Other libraries, separated by commas; an empty text for none.")] = ", ".join(
         peers.PEERS
     ),
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
+    json_out: JsonOut = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this PNG.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few repetitions: to see that it works.")] = False,
+    quick: Quick = False,
 ) -> None:
     """Measure attention of a decode step: ours over compressed pages, and other libraries' in bf16, FP8 and 4 bits.
 
     Every contender is first checked against float64. Times are medians, of CUDA graphs, over data that the cache cannot hold.
     """
     problems = [Problem.parse(text, heads, kv_heads, head_dim) for text in shape or decoding.SHAPES]
-    contenders = [*own.contenders(bits, head_dim), *peers.select(names)]
-    if not contenders:
-        raise BadInputError('There is nothing to measure. Give some --bits, such as "4", or some --peers.')
-    for path in (json_out, plot):
-        if path is not None:
-            artefact.check_folder(path.parent)
-    device = decoding.gpu()
+    contenders = _some([*own.contenders(bits, head_dim), *peers.select(names)])
+    device = _ready(json_out, plot)
     with _progress() as bar:
         rows = decoding.measure(problems, contenders, device, 5 if quick else 25, bar)
     show(rows, f"Decode attention on {torch.cuda.get_device_name()}", json_out, plot)
+
+
+def prefill(
+    chunk: Annotated[int, typer.Option(min=1, help="New tokens, which see all of the past.")] = 2048,
+    past: Annotated[int, typer.Option(min=1, help="Tokens of the past: ours compressed, those of others in bf16 or FP8.")] = 32768,
+    heads: QueryHeads = 32,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    bits: Annotated[str, typer.Option(help="Our own bits, separated by commas.")] = "4, 3, 2, 8",
+    names: Annotated[str, typer.Option("--peers", help="Other libraries, separated by commas; an empty text for none.")] = ", ".join(
+        peers.PREFILL
+    ),
+    json_out: JsonOut = None,
+    quick: Quick = False,
+) -> None:
+    """Measure attention of a chunk of new tokens over a long past: ours over compressed pages, other libraries' in bf16 and FP8.
+
+    Ours is all of it, from the queries to the output in bf16: rotation, attention, rotation back. What the new tokens see of each other
+    is exact in every cache and not measured, so nobody has a mask. Every contender is first checked against float64 on a small problem,
+    ours with rows that end inside of pages. Times are medians, of CUDA graphs; "x best bf16" above 1 is faster than every bf16 peer.
+    """
+    problem = Problem((past,), heads, kv_heads, head_dim, queries=chunk)
+    contenders = _some([*prefilling.contenders(bits, head_dim), *peers.select(names, peers.PREFILL)])
+    device = _ready(json_out)
+    with _progress() as bar:
+        rows = prefilling.measure(problem, contenders, device, 5 if quick else 25, bar)
+    show(rows, f"Prefill over a past on {torch.cuda.get_device_name()}", json_out, None, prefilling.LAYOUT)
+
+
+def encode(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Rows x new tokens; can be given several times. Default: {', '.join(encoding.SHAPES)}."),
+    ] = None,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    bits: Annotated[
+        str, typer.Option(help="Bits of the pages, separated by commas; 4+search tries nine scales a vector.")
+    ] = encoding.BITS,
+    json_out: JsonOut = None,
+    quick: Quick = False,
+) -> None:
+    """Measure how fast K and V of new tokens become codes in pages: of a prompt (1x32768) and of decode steps (32x1).
+
+    The kernel is first checked against the codecs in torch: less than 1 code in 1000 may differ, by one level, since it lies on an edge
+    but for rounding; and the tokens next to new ones must stay as they are. Times are medians, of CUDA graphs, over data that the cache
+    cannot hold. TB/s counts the bytes of the tokens in 16 bits and of their codes and scales, so a copy's speed is the most there is.
+    """
+    problems = [Problem.parse(text, kv_heads, kv_heads, head_dim) for text in shape or encoding.SHAPES]
+    contenders = _some(encoding.contenders(bits, head_dim))
+    device = _ready(json_out)
+    with _progress() as bar:
+        rows = encoding.measure(problems, contenders, device, 5 if quick else 25, bar)
+    show(rows, f"Encoding on {torch.cuda.get_device_name()}", json_out, None, encoding.LAYOUT)
 
 
 def generate(
@@ -75,14 +138,14 @@ def generate(
     context: Annotated[int, typer.Option(min=32, help="Tokens in every row of the cache.")] = 32768,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows. Default: as many as fit.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Decode steps that are timed.")] = 33,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
+    json_out: JsonOut = None,
 ) -> None:
     """Measure tokens per second of a model with random weights, each recipe at the largest batch that fits."""
     if shape not in generating.SHAPES:
         raise BadInputError(f"There is no shape {shape!r}. Give one of {', '.join(generating.SHAPES)}.")
-    if json_out is not None:
-        artefact.check_folder(json_out.parent)
-    device = decoding.gpu()
+    for text in recipe or ():
+        Recipe.parse(text)  # before minutes of work
+    device = _ready(json_out)
     with _progress() as bar:
         rows = generating.measure(generating.random_model(shape, device), recipe or generating.RECIPES, context, steps, batch, bar)
     table = Table(title=f"{shape}, random weights, {context:,} tokens a row, {torch.cuda.get_device_name()}", title_justify="left")
@@ -99,6 +162,20 @@ def generate(
         console.print(f"wrote {json_out}", soft_wrap=True, highlight=False)
 
 
+def _some(contenders: list[Contender]) -> list[Contender]:
+    if not contenders:
+        raise BadInputError('There is nothing to measure. Give some --bits, such as "4".')
+    return contenders
+
+
+def _ready(*paths: Path | None) -> torch.device:
+    """The GPU, once it is clear that the files can be written."""
+    for path in paths:
+        if path is not None:
+            artefact.check_folder(path.parent)
+    return gpu()
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, moved by calls with what is done and what there is."""
@@ -108,11 +185,11 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def show(rows: list[decoding.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
+def show(rows: list[Row], title: str, json_out: Path | None, plot: Path | None, layout: report.Layout = report.DECODE) -> None:
     """Print the tables and who did not run, and write the files that were asked for."""
     console = Console()
     console.print(title, highlight=False)
-    for table in report.tables(rows):
+    for table in report.tables(rows, layout):
         # A table that is cut in a pipe or a narrow window helps nobody: let it be as wide as it is.
         width = console.measure(table, options=console.options.update(max_width=1000)).maximum
         Console(width=max(width, console.width)).print(table)

@@ -34,6 +34,8 @@ LAB_COMMANDS = {
 }
 BENCH_COMMANDS = {
     "decode": ("kvstack.cli.bench:decode", "Time attention of a decode step, ours and other libraries'."),
+    "prefill": ("kvstack.cli.bench:prefill", "Time attention of a prompt's chunk over a compressed past."),
+    "encode": ("kvstack.cli.bench:encode", "Time new tokens on their way into pages."),
     "generate": ("kvstack.cli.bench:generate", "A model's decode loop: tokens per second of recipes."),
 }
 EXAMPLES = """

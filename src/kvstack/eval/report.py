@@ -127,7 +127,7 @@ def markdown(files: Sequence[Path]) -> str:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Cells of `compare`, `bench decode` and `bench generate` rows under their heads."""
+    """Cells of the rows of `compare` and of `bench` under their heads."""
     if compared := [row for row in rows if "bytes_per_token" in row]:
         return [{"tokens": f"{row['tokens']:,}", **_cells(row)} for row in compared]
     if "tokens_per_s" in rows[0] and "context" in rows[0]:
@@ -143,14 +143,23 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             }
             for row in rows
         ]
-    if "us" in rows[0]:
-        lines: dict[tuple[str, str], dict[str, str]] = {}
-        for row in rows:
-            line = lines.setdefault((row["name"], row["bits"]), {"µs": row["name"], "bits": row["bits"]})
-            ratio = "" if row["vs_bf16"] is None else f" ({row['vs_bf16']:.2f}x)"
-            line[f"{row['B']} x {row['N']:,}"] = f"{row['us']:,.1f}{ratio}" if row["us"] else "-"
-        return list(lines.values())
-    return []
+    return _speeds(rows) if "bits" in rows[0] else []
+
+
+def _speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A line per contender of `bench decode`, `prefill` or `encode`, with its time on every problem and how it compares."""
+    time, unit, first = ("ms", "ms", "T") if "T" in rows[0] else ("us", "µs", "B")
+    second, digits = "N" if "N" in rows[0] else "n", 3 if time == "ms" else 1
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault((row["name"], row["bits"]), {unit: row["name"], "bits": row["bits"]})
+        if second == "n":
+            note = f"{row['of_copy']:.0%} of a copy" if row[time] else ""
+        else:
+            note = "" if row["vs_bf16"] is None else f"{row['vs_bf16']:.2f}x"
+        value = f"{row[time]:,.{digits}f}" if row[time] else "-"
+        line[f"{row[first]:,} x {row[second]:,}"] = f"{value} ({note})" if note else value
+    return list(lines.values())
 
 
 if __name__ == "__main__":

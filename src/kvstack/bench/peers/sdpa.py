@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvstack.bench.contender import Contender, Run, not_capable, version_of
-from kvstack.bench.problem import Problem, attention, random_query, random_tokens
+from kvstack.bench.problem import Problem, attention, random_queries, random_tokens
 
 
 def _build(backend: SDPBackend, problem: Problem, device: torch.device) -> Run:
-    q = random_query(problem, device)
+    q = random_queries(problem, device)
     k, v = (x.transpose(1, 2).contiguous() for x in random_tokens(problem, device))  # [B, H, N, D]
 
     def call() -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q[:, :, None], k, v, scale=problem.scale, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, enable_gqa=True)
 
     def want() -> Tensor:
         return attention(q, k.transpose(1, 2), v.transpose(1, 2), problem)
