@@ -1,8 +1,9 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and print what it takes: `python tests/kernels/ahead.py`.
 
 It prints one JSON object, {kernel: {target: {"registers": ..., "spills": ..., "shared": ...}}}, which is the form of `budgets.json`:
-registers of a thread, its bytes (NVIDIA) or registers (AMD) that do not fit, bytes of shared memory of a program. It is a process of
-its own, because a process that interprets kernels cannot compile them. A new kernel is one row of `KERNELS` and one of the budgets.
+registers of a thread, its bytes (NVIDIA) or registers (AMD) that do not fit, bytes of shared memory of a program. Of some kernels it
+looks at the innermost loop, too: "mma" is its matrix instruction, "loop" the number of its instructions. It is a process of its own,
+because a process that interprets kernels cannot compile them. A new kernel is one row of `KERNELS` and one of the budgets.
 """
 
 import json
@@ -13,13 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvstack.kernels import exact, portable, prefill, prefill_hopper
+from kvstack.codecs.polar import PolarCodec
+from kvstack.codecs.rotation import rotation
+from kvstack.kernels import encode, exact, hopper, merge, plain, portable, prefill, prefill_hopper, rotate
+from kvstack.kernels.book import Book, book
 from kvstack.kernels.pages import PAGE, Format
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
@@ -37,6 +43,7 @@ class Kernel:
     aligned: tuple[str, ...] = ()  # integers that are multiples of 16, as Triton finds out when it launches; pointers all are
     options: dict[str, Any] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 1})  # as it is launched with
     targets: dict[str, GPUTarget] = field(default_factory=lambda: EVERY)
+    loop: bool = False  # whether to look at its innermost loop
 
     def compile(self, target: GPUTarget) -> Any:
         """What Triton makes of it."""
@@ -104,6 +111,79 @@ def prefill_hopper_kernel(k: int, v: int, head_dim: int, capped: bool = False) -
     )  # fmt: skip
 
 
+def hopper_kernel(k: int, v: int, head_dim: int, rows: int = 4) -> Kernel:
+    """`hopper._decode` for `k` and `v` bits and as many query rows of a KV head, as `hopper.decode_pages` launches it."""
+    f = Format(head_dim, k, v)
+    return Kernel(
+        hopper._decode,
+        {
+            "q_ptr": "*bf16", "pool_ptr": "*u8",
+            **dict.fromkeys(("signs_ptr", "centre_ptr", "out_ptr", "lse_ptr"), "*fp32"),
+            **dict.fromkeys(("table_ptr", "lengths_ptr", "cum_ptr", "k_table_ptr", "v_table_ptr"), "*i32"),
+        },
+        dict(
+            D=head_dim, LOG2_D=head_dim.bit_length() - 1, K=k, V=v, R=hopper._padded(rows), BATCH=32, ROTATE=k < 8, CENTRE=False,
+            SOFTCAP=False, HALF=gl.bfloat16, STAGES=hopper._stages(f),
+        ),
+        {"factor": "fp32", "softcap": "fp32"}, ("stride_b", "stride_h", "stride_t"),
+        {"num_warps": 4, "maxnreg": hopper.occupancy(f, rows)[1]}, one("sm_90"), loop=True,
+    )  # fmt: skip
+
+
+def encode_kernel(k: int, v: int, head_dim: int, tokens: int, machine: encode.Machine, target: str) -> Kernel:
+    """`encode.encode_kernel` for `k` and `v` bits and as many bf16 tokens, as `encode.encode` launches it on `machine`."""
+    f, how = Format(head_dim, k, v), encode.config(tokens, head_dim, torch.bfloat16, machine)
+
+    def constants(bits: int) -> Book:
+        return Book(8) if bits == 8 else book(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits, codebook="e4m3"))
+
+    return Kernel(
+        encode.encode_kernel,
+        {
+            **dict.fromkeys(("k_ptr", "v_ptr", "k_matrix", "v_matrix"), "*bf16"), "k_shift": "*fp32", "v_shift": "*fp32", "pool": "*u8",
+            **dict.fromkeys(("table", "starts", "counts"), "*i32"),
+        },
+        dict(
+            D=head_dim, KEY=constants(k), VALUE=constants(v), VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes,
+            TILE=how.tile, SPAN=how.span, CHUNK=how.chunk, FRAGMENT=how.fragment, PRECISION="tf32x3",
+        ),
+        {}, ("k_b", "k_h", "k_n", "v_b", "v_h", "v_n"),
+        {"num_warps": how.warps, "num_stages": how.stages} | ({} if how.registers is None else {"maxnreg": how.registers}), one(target),
+    )  # fmt: skip
+
+
+def merge_kernel(block: int, num_warps: int, **more: Any) -> Kernel:
+    """`merge._merge` of all that can be merged."""
+    floats = ("body_ptr", "body_lse_ptr", "signs_ptr", "centre_ptr", "exact_ptr", "exact_lse_ptr")
+    return Kernel(
+        merge._merge,
+        {**dict.fromkeys(floats, "*fp32"), "cum_ptr": "*i32", "sink_ptr": "*bf16", "out_ptr": "*bf16"},
+        dict(D=128, LOG2_D=7, BLOCK=block, **dict.fromkeys(("BODY", "ROTATE", "CENTRE", "EXACT", "SINK"), True)),
+        options={"num_warps": num_warps},
+        **more,
+    )
+
+
+def project_kernel() -> Kernel:
+    """`rotate._project` with rotation and centre."""
+    return Kernel(
+        rotate._project,
+        {"q_ptr": "*bf16", **dict.fromkeys(("signs_ptr", "centre_ptr", "out_ptr", "bias_ptr"), "*fp32")},
+        dict(D=128, LOG2_D=7, ROWS=4, ROTATE=True, CENTRE=True),
+        {"factor": "fp32"}, ("stride_b", "stride_h", "stride_t"), {"num_warps": 4},
+    )  # fmt: skip
+
+
+def store_kernel() -> Kernel:
+    """`plain.store_kernel`."""
+    return Kernel(
+        plain.store_kernel,
+        {**dict.fromkeys(("k", "v", "pool"), "*bf16"), **dict.fromkeys(("table", "starts", "counts"), "*i32")},
+        dict(D=128, PAGE=PAGE, BLOCK=plain.BLOCK),
+        {}, tuple(f"{x}_{y}" for x in "kv" for y in "bhn"), {"num_warps": 4},
+    )  # fmt: skip
+
+
 def one(target: str) -> dict[str, GPUTarget]:
     """That target alone."""
     return {target: EVERY[target]}
@@ -122,23 +202,66 @@ KERNELS = {
     "prefill on Hopper, 4 and 4 bits of 128": prefill_hopper_kernel(4, 4, 128),
     "prefill on Hopper, 3 and 2 bits of 128, soft cap": prefill_hopper_kernel(3, 2, 128, capped=True),
     "prefill on Hopper, 8 and 8 bits of 256": prefill_hopper_kernel(8, 8, 256),
+    "Hopper, 4 and 4 bits of 128": hopper_kernel(4, 4, 128),
+    "Hopper, 3 and 3 bits of 128": hopper_kernel(3, 3, 128),
+    "Hopper, 2 and 2 bits of 128": hopper_kernel(2, 2, 128),
+    "Hopper, 8 and 8 bits of 128": hopper_kernel(8, 8, 128),
+    "Hopper, 16 and 16 bits of 128": hopper_kernel(16, 16, 128),
+    "Hopper, 4 and 4 bits of 64": hopper_kernel(4, 4, 64),
+    "Hopper, 4 and 4 bits of 256": hopper_kernel(4, 4, 256),
+    "Hopper, 4 and 4 bits of 128, 16 rows": hopper_kernel(4, 4, 128, rows=16),
+    "encode, a prompt, 4 and 4 bits of 128": encode_kernel(4, 4, 128, 8192, encode.Machine(227 * 1024, "wgmma"), "sm_90"),
+    "encode, a prompt, 8 and 8 bits of 128": encode_kernel(8, 8, 128, 8192, encode.Machine(227 * 1024, "wgmma"), "sm_90"),
+    "encode, a token, 3 and 2 bits of 128": encode_kernel(3, 2, 128, 1, encode.Machine(227 * 1024, "wgmma"), "sm_90"),
+    "encode, a prompt, 4 and 4 bits of 128, Ada": encode_kernel(4, 4, 128, 8192, encode.Machine(99 * 1024, "mma"), "sm_89"),
+    "encode, a prompt, 4 and 4 bits of 128, AMD": encode_kernel(4, 4, 128, 8192, encode.Machine(64 * 1024, "mfma"), "gfx942"),
+    "merge, few programs": merge_kernel(4, 1, targets=one("sm_90")),
+    "merge, many programs": merge_kernel(64, 4),
+    "project": project_kernel(),
+    "store": store_kernel(),
 }
 
 
-def resources(kernel: Any) -> dict[str, int]:
-    """What a compiled kernel takes."""
+def resources(kernel: Any, loop: bool = False) -> dict[str, int | str]:
+    """What a compiled kernel takes. loop: look at its innermost loop, too."""
     if "cubin" in kernel.asm:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "kernel.cubin")
-            path.write_bytes(kernel.asm["cubin"])
-            text = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        text = _of_cubin(kernel, knobs.nvidia.cuobjdump.path, "-res-usage")
         registers, (stack, local) = _number(r"REG:(\d+)", text), (_number(rf"{x}:(\d+)", text) for x in ("STACK", "LOCAL"))
         spills = stack + local
     else:
         text = kernel.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+(\d+)", text)
         spills = sum(_number(rf"\.{x}gpr_spill_count:\s+(\d+)", text) for x in "sv")
-    return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
+    found = {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
+    return {**found, **innermost(_of_cubin(kernel, knobs.nvidia.nvdisasm.path, "-c"))} if loop else found
+
+
+def innermost(sass: str) -> dict[str, int | str]:
+    """The matrix instruction and the number of instructions of the shortest loop that has such instructions, all of one kind."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\S+\s+)?(\S.*);", line):
+            code.append(instruction[1])
+            back = re.match(r"BRA.*`\((\.L_x_\d+)\)", code[-1])
+            if back and back[1] in labels:
+                loops.append(code[labels[back[1]] :])
+    kinds, length = min(
+        (({op.split()[0] for op in body if re.match(r"[HQI]G?MMA", op)}, len(body)) for body in loops), key=lambda x: (not x[0], x[1])
+    )
+    (kind,) = kinds
+    return {"mma": kind, "loop": length}
+
+
+def _of_cubin(kernel: Any, tool: str, option: str) -> str:
+    """What one of NVIDIA's tools says of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.asm["cubin"])
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
 def _number(pattern: str, text: str) -> int:
@@ -148,4 +271,6 @@ def _number(pattern: str, text: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: {t: resources(k.compile(x)) for t, x in k.targets.items()} for name, k in KERNELS.items()}, indent=1))
+    print(
+        json.dumps({name: {t: resources(k.compile(x), k.loop) for t, x in k.targets.items()} for name, k in KERNELS.items()}, indent=1)
+    )

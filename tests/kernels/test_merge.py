@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, GROUPS, STEPS = 2, 2, 2
-RAGGED = (7 * PAGE, 0, 1, 2 * PAGE + 1)
+RAGGED = (7 * PAGE, 0, 2 * PAGE + 1)
 LOG2_E = math.log2(math.e)
 
 
@@ -117,11 +117,11 @@ def check(
     return out
 
 
-# Partials of a segment that are expected, programs // 8 + 2, choose the block and the warps.
-@pytest.mark.parametrize("programs", [1, 3, 16, 24, 112, 120, 500])
+# The partials that are expected of a segment, programs // 6 + 2, choose the block and the warps.
+@pytest.mark.parametrize("programs", [1, 12, 18, 84, 90, 500])
 def test_slots_of_few_and_of_many_programs(programs: int) -> None:
     out = check(over_pages(RAGGED, programs, 128), None, codec(128, centre=True))
-    assert not out[1].any() and out[[0, 2, 3]].any(-1).all()
+    assert not out[1].any() and out[[0, 2]].any(-1).all()
 
 
 def test_more_partials_than_one_block() -> None:
@@ -132,8 +132,10 @@ def test_more_partials_than_one_block() -> None:
         check(body, None, codec(64, centre=False))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize(("with_body", "with_exact"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("head_dim", "with_body", "with_exact"),
+    [(64, True, False), (64, False, True), (64, True, True), (128, True, True), (256, True, True)],
+)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_tiers_and_sinks(head_dim: int, with_body: bool, with_exact: bool, sinks: bool) -> None:
     body = over_pages(RAGGED, 5, head_dim) if with_body else None
