@@ -14,8 +14,9 @@ from kvstack.codecs.fp8 import Fp8Codec
 from kvstack.codecs.packing import unpack
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
-from kvstack.kernels.book import UNIT, book
+from kvstack.kernels.book import CELLS, UNIT, book, cells
 from kvstack.kernels.encode import Machine, config, encode, launch
+from kvstack.kernels.encode_hopper import fits
 from kvstack.kernels.pages import PAGE, Format, Pages, read
 
 torch.set_num_threads(1)
@@ -204,3 +205,36 @@ def test_polynomials_of_a_codebook(bits: int, head_dim: int, codebook: Any) -> N
     squares = [sum(c for s, c in enumerate(b.squares) if s & r == s) for r in rank]
     assert np.allclose(np.array(squares) / UNIT, levels**2, atol=8 / UNIT)
     assert 256 * max(squares) < 2**31
+
+
+@pytest.mark.parametrize("codebook", ["exact", "e4m3"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_cells_of_a_codebook(bits: int, head_dim: int, codebook: Any) -> None:
+    side = PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits, codebook=codebook)
+    constants, table = cells(side)
+    numbers, looked_up = torch.from_numpy(table[:CELLS]).view(torch.float32), table[CELLS::4].copy().view(np.uint8).astype(int)
+    y = torch.linspace(-12, 12, 100_003)
+    t = (y * constants.factor + 0.5).clamp(0, 1)  # in float32, as the kernel does
+    p = t * 16 + numbers[(t * 31).round().int()]
+    index, near = torch.bucketize(y, side._edges, out_int32=True), (y[:, None] - side._edges).abs().min(1).values < 2e-6
+    assert torch.equal(p.floor().int()[~near], index[~near] + 16) and near.float().mean() < 1e-3
+    assert (p.view(torch.int32) >> 19 & 15)[~near].tolist() == index[~near].tolist()  # what the kernel takes
+    low, high = looked_up[:8], looked_up[8:]
+    sums = low**2 if constants.whole else low + 256 * high
+    of = np.arange(2**bits)  # the entry of an index
+    if bits == 4:
+        of = np.where(of < 8, 7 - of, of - 8)
+    assert np.allclose(sums[of] / constants.unit, side.levels.double() ** 2, atol=0 if constants.whole else 0.51 / constants.unit)
+    assert constants.whole == (codebook == "e4m3") and head_dim * max(sums) < 2**31
+
+
+def test_what_the_kernel_for_hopper_takes() -> None:
+    x, side = torch.zeros(2, 128, H, 128, dtype=torch.float16, device=DEVICE).transpose(1, 2), codec(4, 128, centre=True)
+    assert fits(x, x, side, codec(2, 128, scale="plain", codebook="e4m3"))
+    for other in (codec(8, 128), codec(4, 128, search=True), codec(4, 128, scale="unbiased")):
+        assert not fits(x, x, other, side) and not fits(x, x, side, other)
+    assert not fits(x[:, :, 1:], x[:, :, 1:], side, side)  # less than a page
+    assert not fits(x.float(), x.float(), side, side)
+    odd = torch.zeros(2, H, 128, 132, dtype=torch.float16, device=DEVICE)
+    assert not fits(odd[..., :128], odd[..., :128], side, side) and not fits(x, odd[..., 4:], side, side)

@@ -24,7 +24,6 @@ or an Inf gets codes and a scale that mean nothing; other vectors do not notice.
 
 from dataclasses import dataclass
 from functools import cache
-from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -96,20 +95,24 @@ def encode(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts:
     k, v: float16, bfloat16 or float32 with unit stride in D. key, value: a PolarCodec of 2, 3 or 4 bits or an Fp8Codec, as the page's
     format says. starts, counts: `[B]` int32 on the device, not read on the host; the table must have pages for what is written. The
     lengths are the caller's. The first call with a codec waits for its tables; later ones wait for nothing and can be captured.
+
+    `encode_hopper` does the same for many tokens of 16 bits and, by its instructions, faster; `kvstack bench encode` checks and times
+    it. It is not used here before that has been seen on a GPU.
     """
-    launch(k, v, key, value, pages, starts, counts, config(k.shape[2], k.shape[3], k.dtype, _machine(k.device)))
+    batch, heads, n, head_dim = k.shape
+    f, pool, table = pages.format, pages.pool, pages.table
+    assert v.shape == k.shape and k.stride(3) == v.stride(3) == 1 and k.dtype == v.dtype
+    assert head_dim == f.head_dim and table.shape[0] == batch and table.stride(1) == 1
+    assert pool.shape[1:] == (heads, f.nbytes) and pool.is_contiguous()
+    if k.numel():
+        launch(k, v, key, value, pages, starts, counts, config(n, head_dim, k.dtype, _machine(k.device)))
 
 
 def launch(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts: Tensor, counts: Tensor, how: Config) -> None:
-    """`encode` in a given configuration."""
+    """`encode` by the kernel below, in a given configuration."""
     batch, heads, n, head_dim = k.shape
-    f = pages.format
-    assert v.shape == k.shape and k.stride(3) == v.stride(3) == 1 and k.dtype == v.dtype
-    assert head_dim == f.head_dim and pages.table.shape[0] == batch and pages.table.stride(1) == 1
-    assert pages.pool.shape[1:] == (heads, f.nbytes) and pages.pool.is_contiguous()
-    if not k.numel():
-        return
-    key_tables, value_tables = _tables(key, f.k, k), _tables(value, f.v, v)
+    f, key_tables, value_tables = pages.format, _tables(key, k), _tables(value, v)
+    assert (key_tables.book.bits, value_tables.book.bits) == (f.k, f.v), "codecs of other widths than the pages"
     spans = 1 if n == 1 else (n - 2) // how.span + 2  # of the row's grid that n tokens touch, at most
     encode_kernel[(batch * heads * 2 * spans,)](
         k,
@@ -153,29 +156,16 @@ class _Tables:
     shift: Tensor
 
 
-_CACHE: WeakKeyDictionary[Codec, dict[tuple[torch.dtype, torch.device], _Tables]] = WeakKeyDictionary()
-
-
-def _tables(codec: Codec, bits: int, x: Tensor) -> _Tables:
-    """What the kernel needs of a codec to encode `x`, made once."""
-    held, kind = _CACHE.setdefault(codec, {}), (x.dtype, x.device)
-    if kind not in held:
-        held[kind] = _make_tables(codec, x)
-    tables = held[kind]
-    assert tables.book.bits == bits, f"a codec of {tables.book.bits} bits for pages of {bits}"
-    return tables
-
-
-def _make_tables(codec: Codec, x: Tensor) -> _Tables:
+@book.once
+def _tables(codec: Codec, x: Tensor) -> _Tables:
+    """What the kernel needs of a codec to encode `x`."""
     if isinstance(codec, Fp8Codec):
         identity = torch.eye(x.shape[3], dtype=x.dtype, device=x.device)
         return _Tables(Book(8), identity, identity)
-    assert isinstance(codec, PolarCodec) and codec.transform is not None
-    matrix = codec.transform.double() * x.shape[3] ** 0.5
-    signs = matrix.sign()
-    assert torch.allclose(matrix, signs, atol=1e-4), "the transform is no signed Hadamard matrix"
-    shift = signs if codec.centre is None else codec.centre.double() @ signs.T
-    return _Tables(book.book(codec), signs.to(x.dtype), shift.float().contiguous())
+    assert isinstance(codec, PolarCodec)
+    matrix, shift = book.signs(codec)
+    matrix = matrix.to(x.dtype)
+    return _Tables(book.book(codec), matrix, matrix if shift is None else shift.contiguous())
 
 
 # --- the kernel ---
