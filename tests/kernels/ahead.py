@@ -24,8 +24,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
-from kvstack.kernels import encode, exact, hopper, merge, plain, portable, prefill, prefill_hopper, rotate
-from kvstack.kernels.book import Book, book
+from kvstack.kernels import encode, encode_hopper, exact, hopper, merge, plain, portable, prefill, prefill_hopper, rotate
+from kvstack.kernels.book import Book, book, cells
 from kvstack.kernels.pages import PAGE, Format
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
@@ -130,6 +130,25 @@ def hopper_kernel(k: int, v: int, head_dim: int, rows: int = 4) -> Kernel:
     )  # fmt: skip
 
 
+def encode_hopper_kernel(k: int, v: int, head_dim: int) -> Kernel:
+    """`encode_hopper.encode_kernel` for `k` and `v` bits of E4M3 codebooks, as `encode_hopper.launch` launches it."""
+    f = Format(head_dim, k, v)
+    key, value = (cells(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits, codebook="e4m3"))[0] for bits in (k, v))
+    return Kernel(
+        encode_hopper.encode_kernel,
+        {
+            **dict.fromkeys(("k_ptr", "v_ptr", "k_matrix", "v_matrix"), "*bf16"), **dict.fromkeys(("k_shift", "v_shift"), "*fp32"),
+            **dict.fromkeys(("k_table", "v_table", "table", "starts", "counts"), "*i32"), "pool": "*u8",
+        },
+        dict(
+            D=head_dim, KEY=key, VALUE=value, VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes,
+            STAGES=encode_hopper.STAGES[head_dim],
+        ),
+        aligned=("k_b", "k_h", "k_n", "v_b", "v_h", "v_n"),
+        options={"num_warps": 4, "maxnreg": encode_hopper.REGISTERS[head_dim]}, targets=one("sm_90"),
+    )  # fmt: skip
+
+
 def encode_kernel(k: int, v: int, head_dim: int, tokens: int, machine: encode.Machine, target: str) -> Kernel:
     """`encode.encode_kernel` for `k` and `v` bits and as many bf16 tokens, as `encode.encode` launches it on `machine`."""
     f, how = Format(head_dim, k, v), encode.config(tokens, head_dim, torch.bfloat16, machine)
@@ -202,6 +221,7 @@ KERNELS = {
     "prefill on Hopper, 4 and 4 bits of 128": prefill_hopper_kernel(4, 4, 128),
     "prefill on Hopper, 3 and 2 bits of 128, soft cap": prefill_hopper_kernel(3, 2, 128, capped=True),
     "prefill on Hopper, 8 and 8 bits of 256": prefill_hopper_kernel(8, 8, 256),
+    "encode on Hopper, 4 and 4 bits of 128": encode_hopper_kernel(4, 4, 128),
     "Hopper, 4 and 4 bits of 128": hopper_kernel(4, 4, 128),
     "Hopper, 3 and 3 bits of 128": hopper_kernel(3, 3, 128),
     "Hopper, 2 and 2 bits of 128": hopper_kernel(2, 2, 128),
