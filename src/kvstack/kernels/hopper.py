@@ -35,7 +35,7 @@ _TWO = gl.constexpr((gl.int32,) * 2)
 _FOUR = gl.constexpr((gl.int32,) * 4)
 
 # Words of codes in, E4M3 numbers out. $n: outputs, then words, then the table.
-_UNPACK4 = gl.constexpr(
+UNPACK4 = gl.constexpr(
     """{
     .reg .b32 a, b;
     and.b32 a, $2, 0x77777777;
@@ -47,7 +47,7 @@ _UNPACK4 = gl.constexpr(
     lop3.b32 $1, a, 0x80808080, b, 0xEA;
     }"""
 )
-_UNPACK2 = gl.constexpr(
+UNPACK2 = gl.constexpr(
     """{
     .reg .b32 a;
     and.b32 a, $4, 0x33333333;
@@ -62,7 +62,7 @@ _UNPACK2 = gl.constexpr(
     }"""
 )
 # Low plane word $4, high plane word $5 shifted so that the bits of the first step stand at bit 2 of every nibble.
-_UNPACK3 = gl.constexpr(
+UNPACK3 = gl.constexpr(
     """{
     .reg .b32 a, b;
     and.b32 b, $5, 0x44444444;
@@ -116,12 +116,14 @@ def _per_warp(columns: int) -> Any:
 
 
 @gluon.jit
-def _exp2(x):
+def exp2(x):
+    """2^x, without the care for subnormals that Triton's own takes."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _log2(x):
+def log2(x):
+    """The logarithm of x to the base 2, fast; see `exp2`."""
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
@@ -180,19 +182,19 @@ def _operand(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS:
     t0 = gl.convert_layout(t0, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
     t1 = gl.convert_layout(t1, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
     if BITS == 4:
-        a, b = gl.inline_asm_elementwise(_UNPACK4, "=r,=r,r,r,r", [x, t0, t1], dtype=_TWO, is_pure=True, pack=1)
+        a, b = gl.inline_asm_elementwise(UNPACK4, "=r,=r,r,r,r", [x, t0, t1], dtype=_TWO, is_pure=True, pack=1)
         x = gl.join(a, b)
     elif BITS == 2:
-        a, b, c, d = gl.inline_asm_elementwise(_UNPACK2, "=r,=r,=r,=r,r,r", [x, t0], dtype=_FOUR, is_pure=True, pack=1)
+        a, b, c, d = gl.inline_asm_elementwise(UNPACK2, "=r,=r,=r,=r,r,r", [x, t0], dtype=_FOUR, is_pure=True, pack=1)
         x = gl.join(gl.join(a, c), gl.join(b, d))  # [..., step, half]
     elif BITS == 3:
         bits = _read(high, ROWS)
         first, second = gl.split(x.reshape((ROWS, 4, COLUMNS // 128, 2)))
         args = [gl.convert_layout(first, W), bits << 2, t0, t1]
-        a, b, c, d = gl.inline_asm_elementwise(_UNPACK3, "=r,=r,=r,=r,r,r,r,r", args, dtype=_FOUR, is_pure=True, pack=1)
+        a, b, c, d = gl.inline_asm_elementwise(UNPACK3, "=r,=r,=r,=r,r,r,r,r", args, dtype=_FOUR, is_pure=True, pack=1)
         x = gl.join(gl.join(a, c), gl.join(b, d))
         args = [gl.convert_layout(second, W), bits, t0, t1]
-        a, b, c, d = gl.inline_asm_elementwise(_UNPACK3, "=r,=r,=r,=r,r,r,r,r", args, dtype=_FOUR, is_pure=True, pack=1)
+        a, b, c, d = gl.inline_asm_elementwise(UNPACK3, "=r,=r,=r,=r,r,r,r,r", args, dtype=_FOUR, is_pure=True, pack=1)
         x = gl.join(x, gl.join(gl.join(a, c), gl.join(b, d))).permute((0, 1, 2, 5, 3, 4))
     if BITS == 16:
         x = _halves(x, TYPE).reshape((ROWS, 4, COLUMNS // 16, 2, 2))  # [row, t, s, h, i]
@@ -364,12 +366,12 @@ def _decode(
             v_scale = (scales & 0xFFFF0000).to(gl.float32, bitcast=True)
             x = _joined(s, ST) * (k_scale[:, None] * q_scale[None, :]) + bias[None, :]
             if SOFTCAP:  # tanh(y) = 1 - 2 / (1 + exp(2 y)); x is in base 2
-                y = _exp2(x * (2.0 / softcap))
+                y = exp2(x * (2.0 / softcap))
                 x = (softcap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + y))
             seen = (token < length - (page + i) * 128)[:, None]
             x = gl.where(seen, x, -1e30)
             # The scaled weight 2^(x - top) * v_scale shall stay below 2^8.
-            weight_log = x + gl.maximum(_log2(v_scale), -80.0)[:, None]  # a page of zeros must not make weights infinite
+            weight_log = x + gl.maximum(log2(v_scale), -80.0)[:, None]  # a page of zeros must not make weights infinite
             new_top = gl.maximum(top, _greatest(gl.where(seen, weight_log, -1e30), m_shared, R, ROW) - 8.0)
             # All threads have read this page: its place is for the one that is STAGES pages on.
             inside = i + STAGES < n
@@ -377,9 +379,9 @@ def _decode(
             id_ahead = gl.load(ids + page + i + STAGES + 1, mask=i + STAGES + 1 < n, other=0)
             _copy_page(k_here, k_high.index(stage), v_here, v_high.index(stage), scales_here, base, inside, K, V, VALUES, SCALES)
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-            fade = _exp2(top - new_top)
+            fade = exp2(top - new_top)
             top = new_top
-            p = _exp2(x - top[None, :])
+            p = exp2(x - top[None, :])
             total_weight = total_weight * fade[None, :] + p
             p_near, p_rest = _near_and_rest(gl.where(seen, p * v_scale[:, None], 0.0), VT)
             p_shared.permute((1, 0)).store(gl.join(p_near, p_rest).reshape((128, 2 * R)))

@@ -12,6 +12,15 @@ from kvstack.kernels.rotate import hadamard
 
 
 @triton.jit
+def _add(acc, weight, top, part, lse):
+    """Sums `acc [D]` and `weight`, relative to 2^top, with those of partials `part [n, D]` and `lse [n]`."""
+    new_top = tl.maximum(top, tl.max(lse, 0))
+    w = tl.exp2(lse - new_top)
+    fade = tl.exp2(top - new_top)
+    return acc * fade + tl.sum(part * w[:, None], 0), weight * fade + tl.sum(w, 0), new_top
+
+
+@triton.jit
 def _merge(
     body_ptr,  # [C + B * H, R, D] float32
     body_lse_ptr,  # [C + B * H, R]
@@ -56,13 +65,8 @@ def _merge(
             slot = (first + segment + i + one).to(tl.int64) * R + r
             there = i + one < count
             lse = tl.load(body_lse_ptr + slot, mask=there, other=float("-inf"))
-            new_top = tl.maximum(top, tl.max(lse, 0))
-            w = tl.exp2(lse - new_top)
-            fade = tl.exp2(top - new_top)
             part = tl.load(body_ptr + slot[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
-            acc = acc * fade + tl.sum(part * w[:, None], 0)
-            weight = weight * fade + tl.sum(w, 0)
-            top = new_top
+            acc, weight, top = _add(acc, weight, top, part, lse)
         if ROTATE:
             x = hadamard(tl.reshape(acc, [1, D]), 1, D, LOG2_D)
             acc = tl.reshape(x, [D]) * tl.load(signs_ptr + d)
@@ -73,13 +77,8 @@ def _merge(
             there = i + one < E
             at = (segment * E + i + one).to(tl.int64) * R + r
             lse = tl.load(exact_lse_ptr + at, mask=there, other=float("-inf"))
-            new_top = tl.maximum(top, tl.max(lse, 0))
-            w = tl.exp2(lse - new_top)
-            fade = tl.exp2(top - new_top)
             part = tl.load(exact_ptr + at[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
-            acc = acc * fade + tl.sum(part * w[:, None], 0)
-            weight = weight * fade + tl.sum(w, 0)
-            top = new_top
+            acc, weight, top = _add(acc, weight, top, part, lse)
     if SINK:
         lse = tl.load(sink_ptr + h * (R // T) + r // T).to(tl.float32) * 1.4426950408889634
         new_top = tl.maximum(top, lse)

@@ -25,7 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kvstack.kernels.hopper import _UNPACK2, _UNPACK3, _UNPACK4
+from kvstack.kernels.hopper import UNPACK2, UNPACK3, UNPACK4, exp2, log2
 from kvstack.kernels.pages import PAGE, Format, Pages
 from kvstack.kernels.prefill import relative
 
@@ -142,21 +142,19 @@ def _e4m3(low, high, t0, t1, R: gl.constexpr, C: gl.constexpr, BITS: gl.constexp
     if BITS == 8:
         x = gl.inline_asm_elementwise(_FINITE, "=r,r", [low], dtype=gl.int32, is_pure=True, pack=1)
     elif BITS == 4:
-        a, b = gl.inline_asm_elementwise(_UNPACK4, "=r,=r,r,r,r", [low, t0, t1], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+        a, b = gl.inline_asm_elementwise(UNPACK4, "=r,=r,r,r,r", [low, t0, t1], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
         x = gl.join(a, b)
     elif BITS == 2:
-        a, b, c, d = gl.inline_asm_elementwise(_UNPACK2, "=r,=r,=r,=r,r,r", [low, t0], dtype=four, is_pure=True, pack=1)
+        a, b, c, d = gl.inline_asm_elementwise(UNPACK2, "=r,=r,=r,=r,r,r", [low, t0], dtype=four, is_pure=True, pack=1)
         x = gl.join(gl.join(a, c), gl.join(b, d))  # [..., step, half]
     else:
         first, second = gl.split(low.reshape((R, 4, C // 128, 2)))
         first, second = gl.convert_layout(first, W), gl.convert_layout(second, W)
         a, b, c, d = gl.inline_asm_elementwise(
-            _UNPACK3, "=r,=r,=r,=r,r,r,r,r", [first, high << 2, t0, t1], dtype=four, is_pure=True, pack=1
+            UNPACK3, "=r,=r,=r,=r,r,r,r,r", [first, high << 2, t0, t1], dtype=four, is_pure=True, pack=1
         )
         x = gl.join(gl.join(a, c), gl.join(b, d))
-        a, b, c, d = gl.inline_asm_elementwise(
-            _UNPACK3, "=r,=r,=r,=r,r,r,r,r", [second, high, t0, t1], dtype=four, is_pure=True, pack=1
-        )
+        a, b, c, d = gl.inline_asm_elementwise(UNPACK3, "=r,=r,=r,=r,r,r,r,r", [second, high, t0, t1], dtype=four, is_pure=True, pack=1)
         x = gl.join(x, gl.join(gl.join(a, c), gl.join(b, d))).permute((0, 1, 2, 5, 3, 4))
     return gl.convert_layout(x.reshape((R, 4, C // 32, 2)), _steps(R, C // 32))
 
@@ -233,37 +231,27 @@ def _produce(
 
 
 @gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _log2(x):
-    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def _soften(s, top, mass, factor, bias, v_power, seen, softcap, D: gl.constexpr, N: gl.constexpr, CAPPED: gl.constexpr):
     """Weights of the products `s [64, N]` as an operand, and the sums so far."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     if CAPPED:
         x = s * factor[:, None] + bias[:, None]
-        y = _exp2(x * (2.0 / softcap))
+        y = exp2(x * (2.0 / softcap))
         s = (softcap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + y))
     if seen < N:
         token = gl.arange(0, N, layout=gl.SliceLayout(0, MMA))
         s = gl.where((token < seen)[None, :], s, float("-inf"))
     if CAPPED:
         new = gl.maximum(top, gl.max(s, 1) + (v_power - HEADROOM))
-        p = _exp2(s + (v_power - new)[:, None])
+        p = exp2(s + (v_power - new)[:, None])
     else:
         new = gl.maximum(top, gl.max(s, 1) * factor + (v_power - HEADROOM))
-        p = _exp2(s * factor[:, None] + (v_power - new)[:, None])
-    fade = _exp2(top - new)
+        p = exp2(s * factor[:, None] + (v_power - new)[:, None])
+    fade = exp2(top - new)
     part = gl.sum(gl.sum(p.reshape((64, N // 8, 4, 2)), 3), 1)  # of a thread
     mass = mass * gl.convert_layout(fade, gl.SliceLayout(1, mass.type.layout))[:, None] + gl.convert_layout(
         part, mass.type.layout
-    ) * _exp2(-v_power)
+    ) * exp2(-v_power)
     return (
         gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)),
         new,
@@ -288,7 +276,7 @@ def _consume(
     r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, QL))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, QL))
     q = gl.load(q_ptr + r.to(gl.int64)[:, None] * D + d[None, :], mask=(r < rows)[:, None], other=0.0)
-    size = _exp2(gl.ceil(_log2(gl.maximum(gl.max(gl.abs(q), 1), 1e-30))))
+    size = exp2(gl.ceil(log2(gl.maximum(gl.max(gl.abs(q), 1), 1e-30))))
     q_shared.store((q / size[:, None]).to(gl.float16))
     fence_async_shared()
     gl.thread_barrier()
@@ -372,7 +360,7 @@ def _consume(
     total = gl.convert_layout(gl.sum(mass, 1), SR)
     some = total > 0
     total = gl.where(some, total, 1.0)
-    lse = top + _log2(total)
+    lse = top + log2(total)
     if not CAPPED:
         lse += bias
     gl.store(lse_ptr + r, gl.where(some, lse, float("-inf")), mask=r < rows)
