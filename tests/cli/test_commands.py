@@ -86,7 +86,19 @@ def test_compare_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(rows) == ["bf16", "polar2", "polar4(window=8, sinks=2)", "polar3(centre=on)"]
     for name, row in rows.items():
         assert name in result.stdout
-        wanted = {"recipe", "tokens", "bytes_per_token", "ratio", "bits_per_byte", "delta_pct", "kl", "tasks", "tokens_per_s", "ratios"}
+        wanted = {
+            "recipe",
+            "tokens",
+            "bytes_per_token",
+            "ratio",
+            "bits_per_byte",
+            "delta_pct",
+            "kl",
+            "tasks",
+            "tokens_per_s",
+            "decoding",
+            "ratios",
+        }
         assert wanted <= row.keys() and set(row["tasks"]) == {"recall", "dfs"}
         assert all(t.keys() == {"accuracy", "low", "high", "n"} for t in row["tasks"].values())
     assert rows["bf16"]["kl"] == 0 and rows["polar2"]["kl"] > rows["polar3(centre=on)"]["kl"] > 0

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 TEXT = tuning_text()
 CFG = SuiteConfig(length=128, text_sequences=2, task_samples=1, tasks=("recall", "dfs"))
 RECIPES = ["exact", "polar4", "bf16", "polar2(window=8)"]
-KEYS = {"recipe", "tokens", "bytes_per_token", "ratio", "bits_per_byte", "delta_pct", "kl", "tasks", "tokens_per_s"}
+KEYS = {"recipe", "tokens", "bytes_per_token", "ratio", "bits_per_byte", "delta_pct", "kl", "tasks", "tokens_per_s", "decoding"}
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ class Steps:
         newest = n + self.size.steps - self.sinks - 1 - place
         held = torch.div(newest, self.ring, rounding_mode="floor") * self.ring + place  # counted from the sinks on
         sink = torch.arange(self.sinks, device=device).expand(len(n), -1)
-        position = torch.cat([sink, torch.where((newest >= 0) & (held >= body), self.sinks + held, torch.iinfo(torch.long).max)], 1)
+        position = torch.cat([sink, torch.where(held >= body, self.sinks + held, torch.iinfo(torch.long).max)], 1)
         self.seen.copy_(position[:, None] <= (n + step)[:, :, None])
 
 

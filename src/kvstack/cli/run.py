@@ -77,7 +77,7 @@ def run(
         new, seconds = out.tokens[0], time.perf_counter() - start
         at = torch.isin(new, torch.tensor(ends or [], device=new.device)).nonzero()
         new = new[: int(at[0]) + 1] if len(at) else new
-        nbytes, ratio = out.nbytes, out.ratio
+        nbytes, ratio, path = out.nbytes, out.ratio, f"a CUDA graph per token, {out.path}"
     else:
         cache = Cache(lm, stack, profile=calibrated)
         sequence = lm.generate(
@@ -89,7 +89,7 @@ def run(
             **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
         )[0]
         new, seconds = sequence[used:], time.perf_counter() - start
-        nbytes, ratio = cache.nbytes, cache.ratio
+        nbytes, ratio, path = cache.nbytes, cache.ratio, f"the model's own generate: {why}"
         if save_cache:
             cache.save(save_cache)
     found = {
@@ -100,7 +100,7 @@ def run(
         "seconds": round(seconds, 3),
         "cache_bytes": nbytes,
         "ratio": ratio,
-        "path": "a CUDA graph per token" if why is None else f"the model's own generate: {why}",
+        "path": path,
     }
     answer = tokenizer.decode(new, skip_special_tokens=True)
     if why is None and not as_json:

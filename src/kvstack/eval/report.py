@@ -24,7 +24,8 @@ def _cells(row: Row) -> dict[str, str]:
         cells[f"KL - that of {row['against']['recipe']}"] = f"{e['mean']:+.1e} [{e['low']:+.1e}, {e['high']:+.1e}]"
     for name, e in row["tasks"].items():
         cells[f"{name} %"] = f"{100 * e['accuracy']:.1f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
-    return cells | {"tokens/s": f"{row['tokens_per_s']:.1f}"}
+    graph = " (graph)" if row.get("decoding", "").startswith("CUDA graph") else ""  # rows of before say nothing, and had none
+    return cells | {"tokens/s": f"{row['tokens_per_s']:.1f}{graph}"}
 
 
 def table(rows: Sequence[Row], title: str) -> Table:

@@ -41,6 +41,7 @@ class Scores:
     bytes_per_token: float = 0.0
     ratio: float = 0.0
     tokens_per_s: float = 0.0
+    decoding: str = ""  # how that was measured
 
 
 @torch.inference_mode()
@@ -71,15 +72,16 @@ def _score(batch: Batch, logits: Tensor, reference: Tensor, scores: Scores) -> N
 
 
 @torch.inference_mode()
-def decode_speed(model: Any, cache: Cache, tokens: Tensor) -> float:
-    """Tokens per second of decoding the last tokens of `tokens [1, T]` one by one on top of the filled `cache`.
+def decode_speed(model: Any, cache: Cache, tokens: Tensor) -> tuple[float, str]:
+    """Tokens per second of decoding the last tokens of `tokens [1, T]` one by one on top of the filled `cache`, and how it was done.
 
     On a GPU it is `kvstack.generate` where that can hold the recipe, going on after `tokens` but as many.
     """
-    if model.device.type == "cuda" and obstacle(model, cache.recipe, cache.profile) is None:
+    why = obstacle(model, cache.recipe, cache.profile) if model.device.type == "cuda" else "the model is not on a GPU"
+    if why is None:
         n = PLAIN_STEPS + 1 + SPEED_STEPS
         out = generate(model, tokens[:, :-n].to(model.device), recipe=cache.recipe, max_new_tokens=n, profile=cache.profile)
-        return out.tokens_per_second
+        return out.tokens_per_second, f"CUDA graph, {out.path}"
     steps = tokens[:, -SPEED_STEPS - 2 :].to(model.device)
 
     def step(i: int) -> None:
@@ -92,7 +94,7 @@ def decode_speed(model: Any, cache: Cache, tokens: Tensor) -> float:
     for i in range(2, 2 + SPEED_STEPS):
         step(i)
     _synchronise(model)
-    return SPEED_STEPS / (time.perf_counter() - began)
+    return SPEED_STEPS / (time.perf_counter() - began), f"step by step: {why}"
 
 
 def _synchronise(model: Any) -> None:
@@ -153,7 +155,7 @@ def evaluate(
     for recipe in every:
         s = scores[str(recipe)]
         _, cache = logits_of(model, recipe, window[:, : -SPEED_STEPS - 2], profile, chunk)
-        s.tokens_per_s = decode_speed(model, cache, window)
+        s.tokens_per_s, s.decoding = decode_speed(model, cache, window)
         s.bytes_per_token, s.ratio = cache.nbytes / cache.get_seq_length(), cache.ratio
         done += 1
         progress(done, total)
@@ -171,6 +173,7 @@ def rows(scores: dict[str, Scores], cfg: SuiteConfig, against: str | None = None
         row: dict[str, Any] = {
             "recipe": name, "tokens": cfg.length, "bytes_per_token": s.bytes_per_token, "ratio": s.ratio,
             "tokens_per_s": s.tokens_per_s,
+            "decoding": s.decoding,
         }  # fmt: skip
         if s.nats:
             bits = metrics.ratio_of_sums([v / math.log(2) for v in s.nats], s.nbytes)

@@ -33,7 +33,8 @@ class Generation:
     """tokens: `[B, steps]` new tokens, padding after a row's end. nbytes: reserved by the cache; ratio: bf16 bytes of the tokens that
     it holds at the end over those. Times are in seconds.
 
-    steps: that were timed by `decode_s`; those before are in `prefill_s`, with compilation and recording.
+    path: which kernel read the cache, and why. steps: that were timed by `decode_s`; those before are in `prefill_s`, with compilation
+    and recording.
     """
 
     tokens: Tensor
@@ -42,6 +43,7 @@ class Generation:
     prefill_s: float
     decode_s: float
     steps: int
+    path: str
 
     @property
     def tokens_per_second(self) -> float:
@@ -122,7 +124,7 @@ def generate(
     _wait(model)
     tokens = loop.tokens[:, : max_new_tokens - left + timed]
     ratio = int(cache.steps.lengths.sum()) * cache.bf16_bytes_per_token / cache.nbytes
-    return Generation(tokens.clone(), cache.nbytes, ratio, middle - began, time.perf_counter() - middle, timed)
+    return Generation(tokens.clone(), cache.nbytes, ratio, middle - began, time.perf_counter() - middle, timed, cache.path)
 
 
 class DecodeLoop:

@@ -99,6 +99,13 @@ class StaticCache(transformers.Cache):  # type: ignore[misc]
         return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
 
     @property
+    def path(self) -> str:
+        """Which kernel reads the cache, and why; once there is something in it."""
+        body = next((layer.store.body for layer in self.layers if layer.store is not None), None)
+        found = choose(self.steps.lengths.device) if body is None else body.path
+        return f"{found.name} kernel: {found.reason}"
+
+    @property
     def bf16_bytes_per_token(self) -> int:
         """Bytes of one token of one row in bf16."""
         exact = (x for layer in self.layers if layer.store is not None for x in layer.store.exact)
