@@ -90,7 +90,7 @@ def test_the_check_sees(damage: Callable[[Tokens], None], message: str) -> None:
         difference(tokens("4", LONG), put)
 
 
-@pytest.mark.parametrize(("by", "right"), [(9, True), (17, False)])
+@pytest.mark.parametrize(("by", "right"), [(40, True), (60, False)])
 def test_the_scale_of_other_codes_may_be_another_one_of_about_that_size(by: int, right: bool) -> None:
     def put(t: Tokens) -> None:
         store(t)
@@ -105,7 +105,7 @@ def test_the_scale_of_other_codes_may_be_another_one_of_about_that_size(by: int,
 
 
 def test_nothing_is_timed_on_a_red_check() -> None:
-    c, peer, _ = encode.contenders("4", 128)
+    c, peer = encode.contenders("4", 128)
     c, peer = replace(c, missing=lambda _: None), replace(peer, missing=lambda _: None)
     assert trial.check(c, STEP, CPU) == {"error": 0.0} == trial.check(peer, STEP, CPU)
     with pytest.raises(KVStackError, match=r"4 bits was not timed: its output is wrong by 2\.0e-03, with 1e-03 allowed"):
@@ -133,9 +133,8 @@ def test_the_kernel_in_the_interpreter() -> None:
 def test_contenders_and_bytes() -> None:
     found = encode.contenders(encode.BITS, 128)
     assert [(c.name, c.bits) for c in found] == [
-        ("kvstack", "4"), ("torch", "4"), ("kvstack, Hopper kernel", "4"), ("kvstack", "3"), ("kvstack, Hopper kernel", "3"),
-        ("kvstack", "2"), ("kvstack, Hopper kernel", "2"), ("kvstack", "k4v2"), ("kvstack, Hopper kernel", "k4v2"),
-        ("kvstack", "8"), ("kvstack", "4+search"),
+        ("kvstack", "4"), ("torch", "4"), ("kvstack", "3"), ("kvstack", "2"), ("kvstack", "k4v2"), ("kvstack", "8"),
+        ("kvstack", "4+search"),
     ]  # fmt: skip
     run = found[0].build(Problem((64,) * 3, 2, 2, 128), CPU)
     assert run.nbytes == 3 * 64 * 2 * (2 * 256 + 2 * 66) and run.held == 3 * 64 * 2 * 512 + 3 * 2 * 2 * Format(128, 4, 4).nbytes

@@ -47,7 +47,7 @@ def test_the_launches_in_the_interpreter(bits: str) -> None:
     pytest.importorskip("triton")
 
     def attend(q: torch.Tensor, body: own.Body, shape: own.Shape) -> torch.Tensor:
-        return prefill.attend_past(q, body, shape, KernelPath("portable", "to test it"))
+        return prefill.attend(q, body, shape, KernelPath("portable", "to test it"))
 
     (c,) = own.contenders(bits, 128, attend)
     c = replace(c, lengths=(130, 1, 257))

@@ -40,7 +40,7 @@ def rows(shapes: tuple[str, ...] = ("1x4096", "32x32768")) -> list[decode.Row]:
 def test_rows_have_one_schema_and_can_be_written(tmp_path: Path) -> None:
     write_results(tmp_path / "r.json", "kvstack bench decode", rows())
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["environment"]["torch"])  # of the package, which may not name its build
     keys = {"B", "N", "Hq", "Hkv", "D", "name", "bits", *decode.MEASURED}
     for row in found["rows"]:
         assert set(row) == keys | ({"reason"} if row["us"] is None else set())

@@ -98,15 +98,15 @@ def prefill_kernel(k: int, v: int, head_dim: int, capped: bool = False, **more: 
     )  # fmt: skip
 
 
-def prefill_hopper_kernel(k: int, v: int, head_dim: int, capped: bool = False) -> Kernel:
+def prefill_hopper_kernel(k: int, v: int, head_dim: int, mode: str, capped: bool = False) -> Kernel:
     """`prefill_hopper.prefill_kernel` for `k` and `v` bits."""
     return Kernel(
         prefill_hopper.prefill_kernel,
         {
             **dict.fromkeys(("q", "bias", "powers", "out", "lse2"), "*fp32"), "pool": "*u8",
-            **dict.fromkeys(("table", "lengths", "folded", "k_table", "v_table"), "*i32"),
+            **dict.fromkeys(("table", "lengths", "folded", "k_table", "v_table", "flags"), "*i32"),
         },
-        dict(D=head_dim, K=k, V=v, CAPPED=capped, **prefill_hopper.configuration(Format(head_dim, k, v))),
+        dict(D=head_dim, K=k, V=v, CAPPED=capped, MODE=mode, **prefill_hopper.configuration(Format(head_dim, k, v))),
         {"softcap": "fp32"}, options={"num_warps": 4}, targets=one("sm_90"),
     )  # fmt: skip
 
@@ -142,7 +142,6 @@ def encode_hopper_kernel(k: int, v: int, head_dim: int) -> Kernel:
         },
         dict(
             D=head_dim, KEY=key, VALUE=value, VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes,
-            STAGES=encode_hopper.STAGES[head_dim],
         ),
         aligned=("k_b", "k_h", "k_n", "v_b", "v_h", "v_n"),
         options={"num_warps": 4, "maxnreg": encode_hopper.REGISTERS[head_dim]}, targets=one("sm_90"),
@@ -218,9 +217,9 @@ KERNELS = {
     "exact, fp32 of 128": exact_kernel("fp32", 128, "tf32x3", targets=one("sm_80")),
     "prefill, 4 and 4 bits of 128": prefill_kernel(4, 4, 128, targets=EVERY),
     "prefill, 3 and 4 bits of 256, soft cap": prefill_kernel(3, 4, 256, capped=True, targets=one("sm_80")),
-    "prefill on Hopper, 4 and 4 bits of 128": prefill_hopper_kernel(4, 4, 128),
-    "prefill on Hopper, 3 and 2 bits of 128, soft cap": prefill_hopper_kernel(3, 2, 128, capped=True),
-    "prefill on Hopper, 8 and 8 bits of 256": prefill_hopper_kernel(8, 8, 256),
+    "prefill on Hopper, 4 and 4 bits of 128": prefill_hopper_kernel(4, 4, 128, "fast"),
+    "prefill on Hopper, 3 and 2 bits of 128, soft cap": prefill_hopper_kernel(3, 2, 128, "again", capped=True),
+    "prefill on Hopper, 8 and 8 bits of 256": prefill_hopper_kernel(8, 8, 256, "safe"),
     "encode on Hopper, 4 and 4 bits of 128": encode_hopper_kernel(4, 4, 128),
     "Hopper, 4 and 4 bits of 128": hopper_kernel(4, 4, 128),
     "Hopper, 3 and 3 bits of 128": hopper_kernel(3, 3, 128),

@@ -21,7 +21,8 @@ from kvstack.bench.problem import Problem
 from kvstack.bench.report import Layout, ratio
 from kvstack.bench.trial import Progress, Row, only, trials, versus
 from kvstack.errors import BadInputError
-from kvstack.kernels.decode import LOG2_E, Body, Path, decode
+from kvstack.kernels.decode import Body, Path
+from kvstack.kernels.past import attend_past
 from kvstack.kernels.reference import Shape
 
 MEASURED = ("ms", "tflops", "vs_bf16", "error", "detail")
@@ -49,32 +50,12 @@ def contenders(bits: str, head_dim: int) -> list[Contender]:
             raise BadInputError(
                 f"Prefill kernels read codes of 2 to 8 bits, not {word}. What is not compressed is what the peers read."
             )
-    return own.contenders(bits, head_dim, attend_past)
+    return own.contenders(bits, head_dim, attend)
 
 
-def attend_past(q: Tensor, body: Body, shape: Shape, path: Path | None = None) -> Tensor:
-    """Attention of `q [B, Hq, T, D]` over all tokens of a body: the queries rotated, attention over pages, the output rotated back.
-
-    path: of `choose`; None for the body's own.
-    """
-    path = path or body.path
-    if path.name == "reference":
-        return decode(q, body, None, shape, path=path)
-    from kvstack.kernels import prefill, prefill_hopper  # these need Triton
-    from kvstack.kernels.merge import merge_partials
-    from kvstack.kernels.rotate import project
-
-    heads = body.pages.pool.shape[1]
-    rotated, bias = project(q, body.signs[0], body.key.centre, shape.scale * LOG2_E, heads)  # [B * H, R, D], [B * H, R]
-    part, lse2 = torch.empty_like(rotated)[:, None], torch.empty_like(bias)[:, None]
-    if path.name == "hopper":
-        prefill_hopper.prefill_pages(rotated, bias, body.pages, *body.tables, part, lse2, shape.softcap)
-    else:
-        prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse2, shape.softcap)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # One program that takes all pages in turn leaves one partial for every head of every row, in this order.
-    merge_partials(out, (part, lse2), None, body.cum, 1, body.signs[1], body.value.centre, None, heads)
-    return out
+def attend(q: Tensor, body: Body, shape: Shape, path: Path | None = None) -> Tensor:
+    """What is measured: all of a layer's attention over its past."""
+    return attend_past(q, body, shape, path, q.dtype).out
 
 
 def measure(problem: Problem, contenders: Sequence[Contender], device: torch.device, replays: int, progress: Progress) -> list[Row]:

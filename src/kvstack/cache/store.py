@@ -28,7 +28,8 @@ from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import BadInputError
 from kvstack.kernels.decode import Exact as ExactTokens
 from kvstack.kernels.decode import decode
-from kvstack.kernels.reference import Shape, attend, attend_first, merge
+from kvstack.kernels.past import attend_past
+from kvstack.kernels.reference import Partial, Shape, attend, attend_first, merge
 from kvstack.recipe import Recipe
 
 Prefill = Literal["exact", "strict"]
@@ -111,15 +112,21 @@ class LayerStore:
             body = self.body.body(body_length.amax((1, 2))) if self.body.longest else None  # all queries see the same of it
             out = decode(q, body, ExactTokens(near[0], near[1], seen.to(q.device)), shape, sink)
         else:
-            parts = []
-            sinks, stored = self.sinks.sides(), self.body.sides()
+            parts, start, past = [], 0, None
+            if isinstance(self.body, PagedTier) and self.body.longest and prefill == "exact":
+                past = attend_past(q, self.body.body(body_before), shape)
+            sinks, stored = self.sinks.sides(), self.body.sides() if past is None else None
             for queries, at in zip(q.split(QUERIES, 2), rank.split(QUERIES, 1), strict=True):
                 # Tokens behind the end of a row have ranks above all.
                 seen, body_length = self._seen(token.to(q.device), at.to(q.device), body_before.to(q.device)[:, None, None], prefill)
                 tiers = [attend(queries, *window, seen, shape)]
+                if past is not None:
+                    some = slice(start, start + queries.shape[2])
+                    tiers.append(Partial(past.out[:, :, some], past.lse[:, :, some]))
+                    start = some.stop
                 held = (self.sinks, sinks, sinks_before.to(q.device)[:, None, None]), (self.body, stored, body_length)
                 for tier, sides, length in held:
-                    if tier.longest:
+                    if sides is not None and tier.longest:
                         below = torch.arange(tier.longest, device=q.device) < length
                         tiers.append(attend(queries, *sides, below, shape))
                 parts.append(merge(tiers, sink).out)

@@ -11,7 +11,7 @@ step while tokens are added.
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Literal
 
@@ -23,6 +23,7 @@ from kvstack.codecs.exact import ExactCodec
 from kvstack.codecs.polar import PolarCodec
 from kvstack.kernels import reference
 from kvstack.kernels.codes import from_page
+from kvstack.kernels.device import processors
 from kvstack.kernels.pages import PAGE, Pages, read
 from kvstack.kernels.reference import Shape, Side
 
@@ -53,6 +54,13 @@ class Body:
     def half(self) -> torch.dtype:
         """Type of the numbers of a side with 16 bits."""
         return next((c.dtype for c in (self.key, self.value) if isinstance(c, ExactCodec)), torch.bfloat16)
+
+    def sides(self) -> tuple[Side, Side, Tensor]:
+        """For the reference: unpacked codes of K and V, and which of them are there, `[B, 1, N]` bool."""
+        k, v, scales = read(self.pages)
+        key = Side(self.key, from_page(self.key, k, scales[..., 0]))
+        value = Side(self.value, from_page(self.value, v, scales[..., 1]))
+        return key, value, torch.arange(k.shape[2], device=k.device) < self.pages.lengths[:, None, None]
 
     @cached_property
     def signs(self) -> tuple[Tensor | None, Tensor | None]:
@@ -140,7 +148,7 @@ def decode(
         pages, cum, heads = body.pages, body.cum, body.pages.pool.shape[1]
         segments, rows = b * heads, hq // heads * t
         query = q, body.signs[0], body.key.centre, shape.scale * LOG2_E
-        programs = _processors(q.device) * (hopper.occupancy(pages.format, rows)[0] if path.name == "hopper" else PORTABLE_OCCUPANCY)
+        programs = processors(q.device) * (hopper.occupancy(pages.format, rows)[0] if path.name == "hopper" else PORTABLE_OCCUPANCY)
         parts = (
             q.new_empty(programs + segments, rows, d, dtype=torch.float32),
             q.new_empty(programs + segments, rows, dtype=torch.float32),
@@ -156,20 +164,10 @@ def decode(
     return out
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _decode_reference(q: Tensor, body: Body | None, exact: Exact | None, shape: Shape, sink: Tensor | None) -> Tensor:
     parts = []
     if body is not None:
-        k, v, scales = read(body.pages)
-        key = Side(body.key, from_page(body.key, k, scales[..., 0]))
-        value = Side(body.value, from_page(body.value, v, scales[..., 1]))
-        below = torch.arange(k.shape[2], device=q.device) < body.pages.lengths[:, None, None]
+        key, value, below = body.sides()
         parts.append(reference.attend(q, key, value, below, shape))
     if exact is not None:
         key, value = (Side(ExactCodec(x.shape[-1], x.dtype), (x,)) for x in (exact.k, exact.v))

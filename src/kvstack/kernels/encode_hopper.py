@@ -1,8 +1,10 @@
 """`encode` on Hopper (sm_90), in Gluon, for many tokens of 16 bits and codebooks of 2, 3 and 4 bits: memory is the limit.
 
-A program is one warpgroup and walks the pages of its span, in two tiles of 64 tokens each. Nothing but the arrival of a tile needs a
-barrier: the product y = x @ M' leaves all that is to become one word of K in one thread, and all that is to become a word of V in one
-warp. M is the signed Hadamard matrix without its 1 / sqrt(D), with its rows, the columns of y, in the order of `_order`.
+A program is one warpgroup and walks the pages of its span, in two tiles of 64 tokens each. Nothing but the arrival and the departure
+of a tile needs a barrier: the product y = x @ M' leaves all that is to become one word of K in one thread, and all that is to become a
+word of V in one warp. M is the signed Hadamard matrix without its 1 / sqrt(D), with its rows, the columns of y, in the order of
+`_order`; its halves of 64 rows differ in a sign, so that half of it does, with sums and differences, and leaves room for four programs.
+Those of K come first, then those of V: each kind has the instruction cache to itself.
 
     quantise    t = y * factor + 1/2 is clamped to 0..1 by the multiplication. Of 32 cells of t, each holds at most one edge, so that
                 16 t plus a number of the cell is 16 plus the index of the level and a fraction (`book.cells`). A thread holds the
@@ -17,7 +19,6 @@ It writes what `encode_kernel` writes, up to coordinates on an edge. For what it
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,29 +30,18 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from kvstack.codecs.base import Codec
 from kvstack.codecs.polar import PolarCodec
 from kvstack.kernels import book
+from kvstack.kernels.device import processors
 from kvstack.kernels.pages import PAGE, Pages
 
 PROGRAMS = {64: 6, 128: 4}  # of a multiprocessor, for every head size
 REGISTERS = {64: 80, 128: 128}  # of a thread, for that many programs
-STAGES = {64: 2, 128: 1}  # tiles in shared memory, for that many programs
 MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded to an integer, in the low bits
 TINY = gl.constexpr(1e-36)  # squared norms are not taken for less
 
 
-@dataclass(frozen=True)
-class Config:
-    """span: tokens of a row that one program walks, a multiple of 128. stages: tiles in shared memory, one or two; the next one comes
-    while one is encoded, or from before it is rotated. registers: of a thread, at most."""
-
-    span: int
-    stages: int
-    registers: int
-
-
-def config(pages: int, head_dim: int, processors: int) -> Config:
-    """How `pages` pages of K and of V are encoded: by one wave of programs."""
-    span = -(-2 * pages // (processors * PROGRAMS[head_dim]))
-    return Config(span * PAGE, STAGES[head_dim], REGISTERS[head_dim])
+def reach(pages: int, head_dim: int, processors: int) -> int:
+    """Tokens of a row that a program walks, for `pages` pages of K and as many of V: one wave of programs for each of them."""
+    return -(-pages // (processors * PROGRAMS[head_dim])) * PAGE
 
 
 def fits(k: Tensor, v: Tensor, key: Codec, value: Codec) -> bool:
@@ -63,30 +53,25 @@ def fits(k: Tensor, v: Tensor, key: Codec, value: Codec) -> bool:
 
 
 def launch(
-    k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts: Tensor, counts: Tensor, how: Config | None = None
+    k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts: Tensor, counts: Tensor, span: int | None = None
 ) -> None:
-    """`encode.encode` of what `fits`."""
+    """`encode.encode` of what `fits`. span: of `reach`, a multiple of 128."""
     batch, heads, n, head_dim = k.shape
     f, k_tables, v_tables = pages.format, _tables(key, k), _tables(value, v)
     assert (k_tables.cells.bits, v_tables.cells.bits) == (f.k, f.v), "codecs of other widths than the pages"
-    how = how or config(batch * heads * -(-n // PAGE), head_dim, _processors(k.device))
-    spans = (n - 2) // how.span + 2  # of the row's grid that n tokens touch, at most
-    encode_kernel[(batch * heads * 2 * spans,)](
+    span = span or reach(batch * heads * -(-n // PAGE), head_dim, processors(k.device))
+    spans = (n - 2) // span + 2  # of the row's grid that n tokens touch, at most
+    encode_kernel[(batch * heads * spans, 2)](
         k, v, k_tables.matrix, v_tables.matrix, k_tables.shift, v_tables.shift, k_tables.table, v_tables.table,
-        pages.pool, pages.table, starts, counts, heads, how.span, spans, *k.stride()[:3], *v.stride()[:3], pages.table.stride(0),
+        pages.pool, pages.table, starts, counts, heads, span, spans, *k.stride()[:3], *v.stride()[:3], pages.table.stride(0),
         D=head_dim, KEY=k_tables.cells, VALUE=v_tables.cells, VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset,
-        PAGE_BYTES=f.nbytes, STAGES=how.stages, num_warps=4, maxnreg=how.registers,
+        PAGE_BYTES=f.nbytes, num_warps=4, maxnreg=REGISTERS[head_dim],
     )  # fmt: skip
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """matrix: `[D, D]`, x is multiplied with its rows. shift: the centre after that, `[H, D]` float32; anything without a centre.
+    """matrix: `[64, D]`, the first rows of M. shift: the centre after that, `[H, D]` float32; anything without a centre.
     table: of `book.cells`."""
 
     cells: book.Cells
@@ -101,7 +86,9 @@ def _tables(codec: Codec, x: Tensor) -> _Tables:
     matrix, shift = book.signs(codec)
     order = _order(x.shape[3]).to(x.device)
     cells, table = book.cells(codec)
-    matrix = matrix[order].to(x.dtype).contiguous()
+    matrix = matrix[order].to(x.dtype)
+    assert torch.equal(matrix[64:], torch.cat([matrix[:64, :64], -matrix[:64, 64:]], 1)[: len(matrix) - 64])
+    matrix = matrix[:64].contiguous()
     shift = matrix if shift is None else shift[:, order].contiguous()
     return _Tables(cells, matrix, shift, torch.from_numpy(table).to(x.device))
 
@@ -192,31 +179,34 @@ def _columns(steps: int, run: int) -> Any:
 
 
 @gluon.jit
-def _token(r, TILE: gl.constexpr, TRANSPOSE: gl.constexpr):
+def _token(r, tile, TRANSPOSE: gl.constexpr):
     """The token of the page that row `r` of a tile holds.
 
     For V, the tile is the half h of every step, and row 16 w + 8 i1 + 2 s + i0 the token 32 s + 16 h + 4 w + 2 i1 + i0.
     """
     if TRANSPOSE:
-        return (r & 1) + (r >> 1 & 3) * 32 + (r >> 3) * 2 + TILE * 16
+        return (r & 1) + (r >> 1 & 3) * 32 + (r >> 3) * 2 + tile * 16
     else:
-        return r + TILE * 64
+        return r + tile * 64
 
 
 @gluon.jit
-def _fetch(shared, x_ptr, stride, row, count, TILE: gl.constexpr, TRANSPOSE: gl.constexpr):
+def _fetch(shared, x_ptr, stride, row, count, tile, TRANSPOSE: gl.constexpr):
     """Start to copy a tile of the page that begins at row `row` of `x`, where these are in 0 .. count - 1."""
-    D: gl.constexpr = shared.shape[1]
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    HALVES: gl.constexpr = shared.shape[0]
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, 64, layout=gl.SliceLayout(1, L))
-    near, far = _token(r & 7, TILE, TRANSPOSE), _token(r >> 3 << 3, 0, TRANSPOSE)  # of the thread, of its registers
-    pointer = x_ptr + row.to(gl.int64) * stride + (near * stride)[:, None] + gl.arange(0, D, layout=gl.SliceLayout(0, L))[None, :]
+    near, far = _token(r & 15, tile, TRANSPOSE), _token(r & 48, 0, TRANSPOSE)  # of the thread, of its registers
+    pointer = x_ptr + row.to(gl.int64) * stride + (near * stride)[:, None] + gl.arange(0, 64, layout=gl.SliceLayout(0, L))[None, :]
     pointer += (far * stride)[:, None]
     rows = row + near + far
     if (row >= 0) & (row + 128 <= count):
-        async_copy.async_copy_global_to_shared(shared, pointer)
+        for a in gl.static_range(HALVES):
+            async_copy.async_copy_global_to_shared(shared.index(a), pointer + 64 * a)
     else:
-        async_copy.async_copy_global_to_shared(shared, pointer, mask=((rows >= 0) & (rows < count))[:, None])
+        ours = ((rows >= 0) & (rows < count))[:, None]
+        for a in gl.static_range(HALVES):
+            async_copy.async_copy_global_to_shared(shared.index(a), pointer + 64 * a, mask=ours)
     async_copy.commit_group()
 
 
@@ -248,7 +238,8 @@ def _encode_tile(y, shift, cells, squares, BOOK: gl.constexpr):
     MMA: gl.constexpr = y.type.layout
     if BOOK.centred:
         y -= gl.load(shift + gl.arange(0, D, layout=gl.SliceLayout(0, MMA)))[None, :]
-    square = gl.sum(y * y, 1)
+    parts = gl.sum((y * y).reshape((64, D // 8, 8)), 1)  # chains that do not wait for each other
+    square = gl.convert_layout(gl.sum(parts, 1), gl.SliceLayout(1, MMA))
     safe = gl.maximum(square, TINY) * (1 / D)
     words = _quantise(y, gl.rsqrt(safe) * BOOK.factor, cells, D)
     if BOOK.rule == "matched":
@@ -430,16 +421,18 @@ def _merge(codes, words, start, end, BITS: gl.constexpr, RUN: gl.constexpr):
 def _side(
     x_ptr, stride, matrix_ptr, shift, table_ptr, x_shared, matrix, pool, H, table, first, last, start, end,
     BOOK: gl.constexpr, TRANSPOSE: gl.constexpr, CODES_AT: gl.constexpr, SCALES_AT: gl.constexpr, PAGE_BYTES: gl.constexpr,
-    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The pages from token `first` to token `last` of K, or with TRANSPOSE of V; `x_ptr` is token `start`."""
-    D: gl.constexpr = x_shared[0].shape[1]
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    n = gl.arange(0, D, layout=gl.SliceLayout(1, COPY))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    async_copy.async_copy_global_to_shared(matrix, matrix_ptr + n[:, None] * D + d[None, :])
-    count = end - start
-    _fetch(x_shared[0], x_ptr, stride, first - start, count, 0, TRANSPOSE)
+    HALVES: gl.constexpr = matrix.shape[0]
+    D: gl.constexpr = HALVES * 64
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    n = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
+    d = gl.arange(0, 64, layout=gl.SliceLayout(0, COPY))
+    for a in gl.static_range(HALVES):
+        async_copy.async_copy_global_to_shared(matrix.index(a), matrix_ptr + n[:, None] * D + d[None, :] + 64 * a)
+    stop = (last + 127) // 128 * 128  # both tiles of a page of V have some of its first tokens
+    _fetch(x_shared, x_ptr, stride, first - start, end - start, 0, TRANSPOSE)
     # Every thread loads its own copies, so that they stay in registers.
     L: gl.constexpr = _lanes(D)
     quad = gl.arange(0, 8, layout=_axis(L, 2, 6))[None, None, :, None, None, None]
@@ -447,58 +440,49 @@ def _side(
     cells = gl.load(table_ptr.to(gl.pointer_type(gl.float32), bitcast=True) + quad * 4 + thread)
     copies = table_ptr + 32 + gl.arange(0, 4, layout=_axis(_words(D // 32), 1, 3))[None, :, None]
     squares = (gl.load(copies), gl.load(copies + 4), gl.load(copies + 8), gl.load(copies + 12))
-    table += first // 128
-    ahead = gl.load(table)
-    for at in range(first, last, 128):
-        page = pool + ahead.to(gl.int64) * (H * PAGE_BYTES)
-        table += gl.where(at + 128 < last, 1, 0)
-        ahead = gl.load(table)
+    index = gl.load(table + first // 128)
+    if TRANSPOSE:
+        even0, odd0 = _halves(gl.full([64, 4, D // 32], 0, gl.uint32, layout=_words(D // 32)))
+    for at in range(first, stop, 64):
+        tile = at % 128 // 64
+        origin = at - tile * 64  # the page's first token
+        page = pool + index.to(gl.int64) * (H * PAGE_BYTES)
+        index = gl.load(table + gl.minimum(at + 64, last - 1) // 128)
         codes = (page + CODES_AT).to(gl.pointer_type(gl.uint32), bitcast=True)
         scales = (page + SCALES_AT).to(gl.pointer_type(gl.bfloat16), bitcast=True)
-        low, high = start - at, end - at  # tokens of the page that are ours
+        low, high = start - origin, end - origin  # tokens of the page that are ours
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()  # the tile is here
+        y = _rotate(x_shared, matrix)
+        gl.thread_barrier()  # all have read it
+        following = at + 64
+        if following < stop:
+            _fetch(x_shared, x_ptr, stride, following // 128 * 128 - start, end - start, 1 - tile, TRANSPOSE)
+        words, scale = _encode_tile(y, shift, cells, squares, BOOK)
+        token = _token(gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)), tile, TRANSPOSE)
+        gl.store(scales + token * 2, scale, mask=(token >= low) & (token < high))
         if TRANSPOSE:
-            words = _tile(x_ptr, stride, x_shared, matrix, shift, cells, squares, scales, low, high, last - at, BOOK, 0, True, STAGES)
-            even0, odd0 = _halves(words)
-            words = _tile(x_ptr, stride, x_shared, matrix, shift, cells, squares, scales, low, high, last - at, BOOK, 1, True, STAGES)
-            even1, odd1 = _halves(words)
-            _put_columns(codes, _columns_of(even0, odd0, even1, odd1), low, high, BOOK)
+            even, odd = _halves(words)
+            if tile == 1:
+                _put_columns(codes, _columns_of(even0, odd0, even, odd), low, high, BOOK)
+            even0, odd0 = even, odd
         else:
-            for tile in gl.static_range(2):
-                words = _tile(
-                    x_ptr, stride, x_shared, matrix, shift, cells, squares, scales, low, high, last - at, BOOK, tile, False, STAGES
-                )
-                _put_rows(codes, words, 64 * tile, low, high, BOOK)
+            _put_rows(codes, words, 64 * tile, low, high, BOOK)
 
 
 @gluon.jit
-def _tile(
-    x_ptr, stride, x_shared, matrix, shift, cells, squares, scales, low, high, last,
-    BOOK: gl.constexpr, TILE: gl.constexpr, TRANSPOSE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Words of indices of a tile that is on its way; stores its scales, and starts to copy the next one.
-
-    low, high, last: the first token of the page that is ours, and the ends of what is ours and of what is this program's.
-    """
-    D: gl.constexpr = x_shared[0].shape[1]
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    x = x_shared[TILE]
-    more = last > 128 * TILE
-    async_copy.wait_group(0)
-    fence_async_shared()
-    gl.thread_barrier()  # the tile is here, and all have read the one before
-    if STAGES == 2 and more:
-        _fetch(x_shared[1 - TILE], x_ptr, stride, 128 * TILE - low, high - low, 1 - TILE, TRANSPOSE)
-    zero = gl.full([64, D], 0.0, gl.float32, layout=MMA)
-    y = warpgroup_mma(x, matrix.permute((1, 0)), zero, use_acc=False, is_async=True)
-    y = warpgroup_mma_wait(0, [y])
-    if STAGES == 1:
-        gl.thread_barrier()  # all have read it
-        if more:
-            _fetch(x, x_ptr, stride, 128 * TILE - low, high - low, 1 - TILE, TRANSPOSE)
-    words, scale = _encode_tile(y, shift, cells, squares, BOOK)
-    token = _token(gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)), TILE, TRANSPOSE)
-    gl.store(scales + token * 2, scale, mask=(token >= low) & (token < high))
-    return words
+def _rotate(x, matrix):
+    """y `[64, D]` of a tile in shared memory: sums and differences of the products of its halves of 64 columns."""
+    zero = gl.full([64, 64], 0.0, gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+    y = warpgroup_mma(x.index(0), matrix.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if matrix.shape[0] == 1:
+        return warpgroup_mma_wait(0, [y])
+    else:
+        z = warpgroup_mma(x.index(1), matrix.index(1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        y, z = warpgroup_mma_wait(0, [y, z])
+        both = gl.join(y + z, y - z).permute((0, 2, 1)).reshape((64, 128))
+        return gl.convert_layout(both, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]), assert_trivial=True)
 
 
 @gluon.jit(do_not_specialize=["span", "spans", "table_b"])  # they change with the length of a prompt
@@ -506,18 +490,14 @@ def encode_kernel(
     k_ptr, v_ptr, k_matrix, v_matrix, k_shift, v_shift, k_table, v_table, pool, table, starts, counts,
     H, span, spans, k_b, k_h, k_n, v_b, v_h, v_n, table_b,
     D: gl.constexpr, KEY: gl.constexpr, VALUE: gl.constexpr, VALUES_AT: gl.constexpr, SCALES_AT: gl.constexpr,
-    PAGE_BYTES: gl.constexpr, STAGES: gl.constexpr,
+    PAGE_BYTES: gl.constexpr,
 ):  # fmt: skip
     """One span, a multiple of 128 tokens, of K or V of one head of one row."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    first_x = gl.allocate_shared_memory(k_ptr.dtype.element_ty, [64, D], SHARED)
-    second_x = first_x
-    if STAGES == 2:
-        second_x = gl.allocate_shared_memory(k_ptr.dtype.element_ty, [64, D], SHARED)
-    x_shared = (first_x, second_x)
-    matrix = gl.allocate_shared_memory(k_ptr.dtype.element_ty, [D, D], SHARED)
+    x_shared = gl.allocate_shared_memory(k_ptr.dtype.element_ty, [D // 64, 64, 64], SHARED)
+    matrix = gl.allocate_shared_memory(k_ptr.dtype.element_ty, [D // 64, 64, 64], SHARED)
     pid = gl.program_id(0)
-    segment = pid // (2 * spans)
+    segment = pid // spans
     b, h = segment // H, segment % H
     start = gl.load(starts + b)
     end = start + gl.load(counts + b)
@@ -527,15 +507,15 @@ def encode_kernel(
     if (first < last) & (start < end):
         table += b.to(gl.int64) * table_b
         pool += h.to(gl.int64) * PAGE_BYTES
-        if pid // spans % 2 == 0:
+        if gl.program_id(1) == 0:
             k_ptr += b.to(gl.int64) * k_b + h.to(gl.int64) * k_h
             _side(
                 k_ptr, k_n, k_matrix, k_shift + h * D, k_table, x_shared, matrix, pool, H, table, first, last, start, end,
-                KEY, False, 0, SCALES_AT, PAGE_BYTES, STAGES,
+                KEY, False, 0, SCALES_AT, PAGE_BYTES,
             )  # fmt: skip
         else:
             v_ptr += b.to(gl.int64) * v_b + h.to(gl.int64) * v_h
             _side(
                 v_ptr, v_n, v_matrix, v_shift + h * D, v_table, x_shared, matrix, pool, H, table, first, last, start, end,
-                VALUE, True, VALUES_AT, SCALES_AT + 2, PAGE_BYTES, STAGES,
+                VALUE, True, VALUES_AT, SCALES_AT + 2, PAGE_BYTES,
             )  # fmt: skip

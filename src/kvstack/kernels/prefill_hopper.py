@@ -1,18 +1,22 @@
-"""Prefill over a compressed past on Hopper (sm_90), in Gluon: as fast as attention over vectors that nobody has compressed.
+"""Prefill over a compressed past on Hopper (sm_90), in Gluon: about as fast as attention over vectors that nobody has compressed.
 
-It computes what `prefill.prefill_pages` computes, for codebooks of E4M3 numbers, in two launches:
+It computes what `prefill.prefill_pages` computes, for codebooks of E4M3 numbers, in up to three launches:
 
     fold      scales of pages as float16 numbers relative to a power of two, in the order in which they are wanted; zero behind the ends
-    prefill   a program takes 128 query rows of one KV head through the pages of one split, with three groups of four warps:
-              one unpacks pages into float16 matrices in shared memory, K `[128, D]` and V `[D, 128]`, several stages of them,
-              and two, with 64 rows each, multiply, by `wgmma`, with weights and sums in registers
+    fast      a program takes 128 query rows of one KV head through the pages of one split, with three groups of four warps: one
+              unpacks pages into shared memory (`unpack_hopper`), several stages of them, and two, with 64 rows each, multiply, by
+              `wgmma`, with weights and sums in registers
+    again     the same with a softmax that nothing can overflow, of the programs that ask for it
 
 The first group's integer instructions run beside the matrix products of the others, and a group's softmax beside the other group's
-products and, when a page's first product is started before the last one's second, beside its own. Registers move from the first group
-to the others. Codes become E4M3 numbers in registers as in `hopper`, these become float16 numbers by one instruction per pair, and one
-multiplies a pair by its scales. No thread exchanges numbers with another, and stores of eight bytes meet no bank twice.
+products and, as a page's first product is started before the last one's second, beside its own. Registers move from the first group to
+the others.
 
-A barrier of one slot is passed from the unpacking group to the two (full), and back (free). `prefill` is its twin.
+Time goes with the number of instructions, so the softmax looks for no maximum. Weights are relative to `top`, from the maximum of the
+page that comes first, which is the last one. As long as no thread's sum of weights of a page exceeds 2^15, float16 holds them all; when
+one does, `top` is raised by what is needed, and the weights, which are still float32 numbers, and the sums so far are multiplied
+accordingly. Only a logit 2^113 times as heavy as all before it makes an infinite sum, and then the program asks for `again`.
+`prefill` is its twin.
 """
 
 from typing import Any
@@ -25,35 +29,66 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kvstack.kernels.hopper import UNPACK2, UNPACK3, UNPACK4, exp2, log2
+from kvstack.kernels.hopper import exp2, log2
 from kvstack.kernels.pages import PAGE, Format, Pages
 from kvstack.kernels.prefill import relative
+from kvstack.kernels.unpack_hopper import following, natural, produce, room
 
-ROWS = 128  # query rows of a program
-HEADROOM = gl.constexpr(15.0)  # the largest weight is 2^15
+START = gl.constexpr(3.0)  # the largest weight, when top is set, is 2^3 or the sum of a thread's weights
 
-# Four E4M3 numbers of a word as float16, times scales.
-_SCALE = gl.constexpr(
+# Of two rows: new tops $0, $1, by what to multiply $2, $3, and whether there is something to multiply $4, $5, the same in all threads
+# of a warp, from sums of a thread's weights $6, $7 and tops $8, $9.
+_RAISE = gl.constexpr(
     """{
-    .reg .b16 l, h;
-    mov.b32 {l, h}, $2;
-    cvt.rn.f16x2.e4m3x2 $0, l;
-    cvt.rn.f16x2.e4m3x2 $1, h;
-    mul.rn.f16x2 $0, $0, $3;
-    mul.rn.f16x2 $1, $1, $4;
+    .reg .pred p;
+    .reg .f32 a, b;
+    .reg .s32 m;
+    mov.f32 $0, $8;
+    mov.f32 $1, $9;
+    mov.f32 $2, 0f3F800000;
+    mov.f32 $3, 0f3F800000;
+    mov.s32 m, 0;
+    max.f32 a, $6, $7;
+    setp.gt.f32 p, a, 0f47000000;
+    vote.sync.any.pred p, p, -1;
+    @!p bra DONE;
+    mov.s32 m, 1;
+    shfl.sync.bfly.b32 b, $6, 1, 31, -1;
+    max.f32 a, $6, b;
+    shfl.sync.bfly.b32 b, a, 2, 31, -1;
+    max.f32 a, a, b;
+    lg2.approx.ftz.f32 a, a;
+    sub.f32 a, a, 0f40400000;
+    max.f32 a, a, 0f00000000;
+    add.f32 $0, $8, a;
+    neg.f32 a, a;
+    ex2.approx.ftz.f32 $2, a;
+    shfl.sync.bfly.b32 b, $7, 1, 31, -1;
+    max.f32 a, $7, b;
+    shfl.sync.bfly.b32 b, a, 2, 31, -1;
+    max.f32 a, a, b;
+    lg2.approx.ftz.f32 a, a;
+    sub.f32 a, a, 0f40400000;
+    max.f32 a, a, 0f00000000;
+    add.f32 $1, $9, a;
+    neg.f32 a, a;
+    ex2.approx.ftz.f32 $3, a;
+    DONE:
+    mov.s32 $4, m;
+    mov.s32 $5, m;
     }"""
 )
-# NaN, 0x7F and 0xFF, as the number before it: a product with a scale of zero shall be zero.
-_FINITE = gl.constexpr(
-    """{
-    .reg .b32 a;
-    and.b32 a, $1, 0x7F7F7F7F;
-    add.u32 a, a, 0x01010101;
-    shr.u32 a, a, 7;
-    and.b32 a, a, 0x01010101;
-    xor.b32 $0, $1, a;
-    }"""
+
+
+# 16 numbers times 16 others, if the first of 16 words is not zero. With one branch for all 64 numbers of a thread it is slower.
+_FADE = gl.constexpr(
+    "{.reg .pred p; setp.eq.s32 p, $48, 0;"
+    + "".join(f"mov.f32 ${i}, ${16 + i};" for i in range(16))
+    + "@p bra DONE;"
+    + "".join(f"mul.f32 ${i}, ${i}, ${32 + i};" for i in range(16))
+    + "DONE: }"
 )
+_FADED = gl.constexpr(",".join(["=f"] * 16 + ["f"] * 32 + ["r"] * 16))
 
 
 @triton.jit
@@ -80,289 +115,187 @@ def fold_kernel(pool, table, lengths, folded, powers, heads, table_stride, SCALE
         tl.store(powers + to * 2 + 1, v_power)
 
 
-@gluon.constexpr_function
-def _words(rows: int, words: int) -> Any:
-    """Layout of `[rows, 4, words]` words in a producer: rows in an order in which 8-byte stores of 16 threads meet all banks."""
-    registers = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)] + [
-        [32 << i, 0, 0] for i in range((rows // 32).bit_length() - 1)
-    ]
-    lanes = [[0, 1, 0], [0, 2, 0], [2, 0, 0], [4, 0, 0], [1, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0, 0], [16, 0, 0]], [], [rows, 4, words])
-
-
-@gluon.constexpr_function
-def _steps(rows: int, steps: int) -> Any:
-    """The same for words of four bytes `[rows, 4, step, half]`."""
-    registers = [[0, 0, 0, 1]] + [[0, 0, 1 << i, 0] for i in range(steps.bit_length() - 1)]
-    registers += [[32 << i, 0, 0, 0] for i in range((rows // 32).bit_length() - 1)]
-    lanes = [[0, 1, 0, 0], [0, 2, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0], [1, 0, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0, 0, 0], [16, 0, 0, 0]], [], [rows, 4, steps, 2])
-
-
-@gluon.constexpr_function
-def _columns() -> Any:
-    """Layout of the 64 words of scales of V: 16 neighbours in a thread of a quad."""
-    return gl.DistributedLinearLayout([[1], [2], [4], [8]], [[16], [32], [0], [0], [0]], [[0], [0]], [], [64])
-
-
-@gluon.constexpr_function
-def _planes(bits: int, columns: int) -> tuple[int, int]:
-    """Words per thread and row in the first and in the second plane of a matrix; a plane that is not there has one."""
-    return (columns // 64, columns // 128) if bits == 3 else (columns * bits // 128, 1)
+@gluon.jit
+def _rows_of(x, like):
+    """Numbers of rows `[64, 4]`, the same in the four threads of a row, for `like [64, columns / 8, 4, 2]`."""
+    L: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, like.type.layout))
+    return gl.convert_layout(x, L, assert_trivial=True)[:, None, :, None]
 
 
 @gluon.jit
-def _load(base, R: gl.constexpr, W: gl.constexpr):
-    """Words `[R, 4, W]` of a plane at `base`."""
-    L: gl.constexpr = _words(R, W)
-    r = gl.arange(0, R, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
-    t = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
-    w = gl.arange(0, W, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
-    offset = r[:, None, None] * (4 * W) + t[None, :, None] * W + w[None, None, :]
-    return gl.load(base.to(gl.pointer_type(gl.int32), bitcast=True) + offset)
-
-
-@gluon.jit
-def _load_matrix(base, R: gl.constexpr, C: gl.constexpr, BITS: gl.constexpr):
-    """Words of the planes of a packed matrix `[R, C]`; without a second plane a dummy in its place."""
-    W: gl.constexpr = _planes(BITS, C)
-    if BITS == 3:
-        return _load(base, R, W[0]), _load(base + R * C // 4, R, W[1])
-    else:
-        return _load(base, R, W[0]), 0
-
-
-@gluon.jit
-def _e4m3(low, high, t0, t1, R: gl.constexpr, C: gl.constexpr, BITS: gl.constexpr):
-    """Words of codes `[R, 4, words]` as words of four E4M3 numbers `[R, 4, step, half]`."""
-    W: gl.constexpr = _words(R, C // 128 if BITS == 3 else C * BITS // 128)
-    t0 = gl.convert_layout(t0, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
-    t1 = gl.convert_layout(t1, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
-    four: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
-    if BITS == 8:
-        x = gl.inline_asm_elementwise(_FINITE, "=r,r", [low], dtype=gl.int32, is_pure=True, pack=1)
-    elif BITS == 4:
-        a, b = gl.inline_asm_elementwise(UNPACK4, "=r,=r,r,r,r", [low, t0, t1], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-        x = gl.join(a, b)
-    elif BITS == 2:
-        a, b, c, d = gl.inline_asm_elementwise(UNPACK2, "=r,=r,=r,=r,r,r", [low, t0], dtype=four, is_pure=True, pack=1)
-        x = gl.join(gl.join(a, c), gl.join(b, d))  # [..., step, half]
-    else:
-        first, second = gl.split(low.reshape((R, 4, C // 128, 2)))
-        first, second = gl.convert_layout(first, W), gl.convert_layout(second, W)
-        a, b, c, d = gl.inline_asm_elementwise(
-            UNPACK3, "=r,=r,=r,=r,r,r,r,r", [first, high << 2, t0, t1], dtype=four, is_pure=True, pack=1
-        )
-        x = gl.join(gl.join(a, c), gl.join(b, d))
-        a, b, c, d = gl.inline_asm_elementwise(UNPACK3, "=r,=r,=r,=r,r,r,r,r", [second, high, t0, t1], dtype=four, is_pure=True, pack=1)
-        x = gl.join(x, gl.join(gl.join(a, c), gl.join(b, d))).permute((0, 1, 2, 5, 3, 4))
-    return gl.convert_layout(x.reshape((R, 4, C // 32, 2)), _steps(R, C // 32))
-
-
-@gluon.jit
-def _store(shared, x, scale0, scale1, R: gl.constexpr, C: gl.constexpr):
-    """Words of E4M3 numbers, times scales, to float16 `shared [R, C]`."""
-    a, b = gl.inline_asm_elementwise(_SCALE, "=r,=r,r,r,r", [x, scale0, scale1], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-    pairs = shared._reinterpret(gl.int32, [R, C // 2], gl.NVMMASharedLayout(128, 32, rank=2))
-    pairs.store(gl.join(a, b).permute((0, 2, 3, 1, 4)).reshape((R, C // 2)))
-
-
-@gluon.jit
-def _produce(
-    pool, ids, folded, k_table, v_table, k_shared, v_shared, barriers, first, n, H, h,
-    D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    """Pages to float16 matrices in shared memory."""
-    k_full, k_free, v_full, v_free = barriers
-    VALUES: gl.constexpr = 128 * D * K // 8
-    NBYTES: gl.constexpr = VALUES + 128 * D * V // 8 + 512
-    COLUMN: gl.constexpr = gl.SliceLayout(0, _steps(D, 4))
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, _steps(128, D // 32))))
-    if n > 0:
-        copy = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, _words(128, 4))))
-        kt0 = gl.load(k_table + copy)
-        kt1 = gl.load(k_table + 4 + copy)
-        vt0 = gl.load(v_table + copy)
-        vt1 = gl.load(v_table + 4 + copy)
-        row = gl.arange(0, 128, layout=ROW)
-        column = 128 + gl.arange(0, 64, layout=_columns())
-        last = first + n - 1
-        base = pool + (gl.load(ids + first).to(gl.int64) * H + h) * NBYTES
-        ahead = gl.load(ids + gl.minimum(first + 1, last))
-        if AHEAD:
-            k_low, k_high = _load_matrix(base, 128, D, K)
-            v_low, v_high = _load_matrix(base + VALUES, D, 128, V)
-            k_scale = gl.load(folded + row)
-            v_scale = gl.load(folded + column)
-        stage = 0
-        phase = 1
-        for i in range(n):
-            if not AHEAD:
-                k_low, k_high = _load_matrix(base, 128, D, K)
-                k_scale = gl.load(folded + row)
-            values = base + VALUES
-            base = pool + (ahead.to(gl.int64) * H + h) * NBYTES
-            ahead = gl.load(ids + gl.minimum(first + i + 2, last))
-            mbarrier.wait(k_free.index(stage), phase)
-            x = _e4m3(k_low, k_high, kt0, kt1, 128, D, K)
-            _store(k_shared.index(stage), x, k_scale[:, None, None, None], k_scale[:, None, None, None], 128, D)
-            fence_async_shared()
-            mbarrier.arrive(k_full.index(stage))
-            if AHEAD:
-                k_low, k_high = _load_matrix(base, 128, D, K)
-                k_scale = gl.load(folded + gl.where(i < n - 1, 192, 0) + row)
-            else:
-                v_low, v_high = _load_matrix(values, D, 128, V)
-                v_scale = gl.load(folded + column)
-            folded += gl.where(i < n - 1, 192, 0)
-            mbarrier.wait(v_free.index(stage), phase)
-            x = _e4m3(v_low, v_high, vt0, vt1, D, 128, V)
-            even, odd = gl.split(v_scale.reshape((4, 4, 2, 2)))
-            _store(v_shared.index(stage), x, gl.convert_layout(even, COLUMN)[None], gl.convert_layout(odd, COLUMN)[None], D, 128)
-            fence_async_shared()
-            mbarrier.arrive(v_full.index(stage))
-            if AHEAD:
-                v_low, v_high = _load_matrix(base + VALUES, D, 128, V)
-                v_scale = gl.load(folded + column)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-
-
-@gluon.jit
-def _soften(s, top, mass, factor, bias, v_power, seen, softcap, D: gl.constexpr, N: gl.constexpr, CAPPED: gl.constexpr):
-    """Weights of the products `s [64, N]` as an operand, and the sums so far."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+def _logits(s, factor, bias, softcap, CAPPED: gl.constexpr):
+    """Products `s [64, N]` as `[64, N / 8, 4, 2]`, and what they are to be multiplied by."""
+    s = s.reshape((64, s.shape[1] // 8, 4, 2))
     if CAPPED:
-        x = s * factor[:, None] + bias[:, None]
-        y = exp2(x * (2.0 / softcap))
-        s = (softcap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + y))
+        x = s * _rows_of(factor, s) + _rows_of(bias, s)
+        s = (softcap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + exp2(x * (2.0 / softcap))))
+        factor = factor * 0.0 + 1.0
+    return s, factor
+
+
+@gluon.jit
+def _weights(s, top, factor, v_power):
+    """Weights of `s [64, N / 8, 4, 2]`, and a thread's sums of them `[64, 4]`: by short chains, of neighbours, of four, of all."""
+    p = exp2(gl.fma(s, _rows_of(factor, s), _rows_of(v_power - top, s)))
+    part = gl.sum(gl.sum(gl.sum(p.reshape((64, s.shape[1] // 4, 4, 4, 2)), 4), 2), 1)
+    return p, gl.convert_layout(part, top.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _soften(s, top, mass, factor, bias, v_power, seen, softcap, CAPPED: gl.constexpr):
+    """Weights `[64, N / 8, 4, 2]` of the products `s [64, N]` of a page's first `seen` tokens, relative to the largest so far; the new
+    top, the sums so far, and what those of before are to be multiplied by."""
+    N: gl.constexpr = s.shape[1]
+    STAT: gl.constexpr = top.type.layout
+    place = gl.arange(0, N, layout=gl.SliceLayout(0, s.type.layout))
+    s, factor = _logits(s, factor, bias, softcap, CAPPED)
     if seen < N:
-        token = gl.arange(0, N, layout=gl.SliceLayout(0, MMA))
-        s = gl.where((token < seen)[None, :], s, float("-inf"))
-    if CAPPED:
-        new = gl.maximum(top, gl.max(s, 1) + (v_power - HEADROOM))
-        p = exp2(s + (v_power - new)[:, None])
-    else:
-        new = gl.maximum(top, gl.max(s, 1) * factor + (v_power - HEADROOM))
-        p = exp2(s * factor[:, None] + (v_power - new)[:, None])
+        token = gl.convert_layout(natural(place).reshape((N // 8, 4, 2)), gl.SliceLayout(0, s.type.layout))
+        s = gl.where((token < seen)[None], s, float("-inf"))
+    most = gl.max(gl.max(gl.max(gl.max(s.reshape((64, N // 32, 4, 4, 2)), 4), 2), 1), 1)
+    most = gl.convert_layout(most, gl.SliceLayout(1, STAT), assert_trivial=True)[:, None] + factor * 0.0
+    new = gl.maximum(top, most * factor + (v_power - START))
     fade = exp2(top - new)
-    part = gl.sum(gl.sum(p.reshape((64, N // 8, 4, 2)), 3), 1)  # of a thread
-    mass = mass * gl.convert_layout(fade, gl.SliceLayout(1, mass.type.layout))[:, None] + gl.convert_layout(
-        part, mass.type.layout
-    ) * exp2(-v_power)
-    return (
-        gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)),
-        new,
-        mass,
-        fade,
+    p, part = _weights(s, new, factor, v_power)
+    return p, new, mass * fade + part * exp2(-v_power), fade
+
+
+@gluon.jit
+def _follow(s, top, mass, factor, bias, v_power, softcap, CAPPED: gl.constexpr):
+    """The same of a whole page that is not the first, without a maximum, and whether there is anything to multiply."""
+    s, factor = _logits(s, factor, bias, softcap, CAPPED)
+    p, part = _weights(s, top, factor, v_power)
+    top, fade, raised = gl.inline_asm_elementwise(
+        _RAISE, "=f,=f,=f,=f,=r,=r,f,f,f,f", [part, top], dtype=(gl.float32, gl.float32, gl.int32), is_pure=True, pack=2
     )
+    return _faded(p, fade, raised), top, (mass + part * exp2(-v_power)) * fade, fade, raised
+
+
+@gluon.jit
+def _faded(x, fade, raised):
+    """`x [64, columns / 8, 4, 2]` times `fade [64, 4]`, if `raised`."""
+    args = [x, _rows_of(fade, x), _rows_of(raised, x)]
+    return gl.inline_asm_elementwise(_FADE, _FADED, args, dtype=gl.float32, is_pure=True, pack=16)
+
+
+@gluon.jit
+def _pack(p):
+    """Pairs of weights `[64, N / 8, 4, 2]` as words of float16 numbers, here and not earlier."""
+    low, high = gl.split(p)
+    return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _operand(words, D: gl.constexpr):
+    """Pairs of float16 numbers `[64, N / 8, 4]` as the operand `[64, N]` of a product with D columns. As words they stay in their
+    registers from one turn of a loop to the next."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+    )
+    weights = gl.join(low, high).reshape((64, 8 * words.shape[1]))
+    return gl.convert_layout(weights, gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2))
 
 
 @gluon.jit
 def _consume(
-    q_ptr, bias_ptr, powers, out_ptr, lse_ptr, q_shared, k_shared, v_shared, barriers, row, rows, n, left, softcap,
-    D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr, OVERLAP: gl.constexpr,
+    q_ptr, bias_ptr, powers, out_ptr, lse_ptr, flag, q_shared, k_shared, v_shared, barriers, row, rows, n, left, softcap,
+    D: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAPPED: gl.constexpr, FAST: gl.constexpr,
 ):  # fmt: skip
-    """64 query rows through all pages."""
+    """64 query rows through all pages, the last of which comes first."""
     k_full, k_free, v_full, v_free = barriers
     SM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    SR: gl.constexpr = gl.SliceLayout(1, SM)
     OR: gl.constexpr = gl.SliceLayout(1, OM)
     QL: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    MASS: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+    STAT: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
     r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, QL))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, QL))
-    q = gl.load(q_ptr + r.to(gl.int64)[:, None] * D + d[None, :], mask=(r < rows)[:, None], other=0.0)
+    q = gl.load(q_ptr + r.to(gl.int64)[:, None] * D + natural(d)[None, :], mask=(r < rows)[:, None], other=0.0)
     size = exp2(gl.ceil(log2(gl.maximum(gl.max(gl.abs(q), 1), 1e-30))))
     q_shared.store((q / size[:, None]).to(gl.float16))
     fence_async_shared()
     gl.thread_barrier()
-    size = gl.convert_layout(size, SR)
-    r = row + gl.arange(0, 64, layout=SR)
-    bias = gl.load(bias_ptr + r, mask=r < rows, other=0.0)
-    top = gl.full([64], -1e30, gl.float32, layout=SR)
-    mass = gl.full([64, 4], 0.0, gl.float32, layout=MASS)
+    mass = gl.full([64, 4], 0.0, gl.float32, layout=STAT)
+    size = mass + gl.convert_layout(size, gl.SliceLayout(1, STAT))[:, None]
+    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, STAT))
+    bias = mass + gl.load(bias_ptr + r, mask=r < rows, other=0.0)[:, None]
+    top = mass - 1e30
     acc = gl.full([64, D], 0.0, gl.float32, layout=OM)
     zero = gl.full([64, N], 0.0, gl.float32, layout=SM)
-    stage = 0
-    phase = 0
+    k_stage = 0
+    k_phase = 0
+    v_stage = 0
+    v_phase = 0
     if n > 0:
-        if not OVERLAP:
-            k_power = gl.load(powers)
-            v_power = gl.load(powers + 1)
+        seen = left - (n - 1) * 128
+        powers += (n - 1) * 2
+        k_power = gl.load(powers)
+        v_power = gl.load(powers + 1)
+        if FAST:
+            mbarrier.wait(k_full.index(0), 0)
+            s = warpgroup_mma(q_shared, k_shared.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, [s])
+            mbarrier.arrive(k_free.index(0))
+            p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, seen, softcap, CAPPED)
+            p = _pack(p)
+            k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
+            mbarrier.wait(k_full.index(k_stage), k_phase, pred=n > 1)
+            for i in range(n - 1):
+                powers -= 2
+                k_power = gl.load(powers)
+                v_power = gl.load(powers + 1)
+                s = warpgroup_mma(q_shared, k_shared.index(k_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(v_stage), v_phase)
+                o = warpgroup_mma(_operand(p, D), v_shared.index(v_stage).permute((1, 0)), acc, is_async=True)
+                s = warpgroup_mma_wait(1, [s])
+                mbarrier.arrive(k_free.index(k_stage))
+                p_next, top, mass, fade, raised = _follow(s, top, mass, size * k_power, bias, v_power, softcap, CAPPED)
+                k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
+                # This wait stands between the weights and the next one, which the compiler would move up to before the weights.
+                mbarrier.wait(k_full.index(k_stage), k_phase, pred=i < n - 2)
+                acc = warpgroup_mma_wait(0, [o])
+                mbarrier.arrive(v_free.index(v_stage))
+                v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
+                faded = _faded(acc.reshape((64, D // 8, 4, 2)), fade, raised)
+                acc = gl.convert_layout(faded.reshape((64, D)), OM, assert_trivial=True)
+                p = _pack(p_next)
+            mbarrier.wait(v_full.index(v_stage), v_phase)
+            o = warpgroup_mma(_operand(p, D), v_shared.index(v_stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, [o])
+        else:
             for i in range(n):
-                powers += gl.where(i < n - 1, 2, 0)
+                powers -= gl.where(i < n - 1, 2, 0)
                 next_k_power = gl.load(powers)
                 next_v_power = gl.load(powers + 1)
-                k = k_shared.index(stage)
-                v = v_shared.index(stage)
-                mbarrier.wait(k_full.index(stage), phase)
+                k = k_shared.index(k_stage)
+                v = v_shared.index(v_stage)
+                mbarrier.wait(k_full.index(k_stage), k_phase)
                 for part in gl.static_range(128 // N):
                     s = warpgroup_mma(q_shared, k.slice(part * N, N).permute((1, 0)), zero, use_acc=False, is_async=True)
                     s = warpgroup_mma_wait(0, [s])
                     if part == 128 // N - 1:
-                        mbarrier.arrive(k_free.index(stage))
-                    p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, left, softcap, D, N, CAPPED)
-                    acc = acc * gl.convert_layout(fade, OR)[:, None]
+                        mbarrier.arrive(k_free.index(k_stage))
+                    p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, seen - part * N, softcap, CAPPED)
+                    x = acc.reshape((64, D // 8, 4, 2))
+                    acc = gl.convert_layout((x * _rows_of(fade, x)).reshape((64, D)), OM, assert_trivial=True)
                     if part == 0:
-                        mbarrier.wait(v_full.index(stage), phase)
-                    o = warpgroup_mma(p, v.slice(part * N, N, 1).permute((1, 0)), acc, is_async=True)
+                        mbarrier.wait(v_full.index(v_stage), v_phase)
+                    o = warpgroup_mma(_operand(_pack(p), D), v.slice(part * N, N, 1).permute((1, 0)), acc, is_async=True)
                     acc = warpgroup_mma_wait(0, [o])
-                    left -= N
-                mbarrier.arrive(v_free.index(stage))
+                mbarrier.arrive(v_free.index(v_stage))
+                seen = 128
                 k_power = next_k_power
                 v_power = next_v_power
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase ^= 1
-        else:
-            mbarrier.wait(k_full.index(0), 0)
-            s = warpgroup_mma(q_shared, k_shared.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-            k_power = gl.load(powers)
-            v_power = gl.load(powers + 1)
-            s = warpgroup_mma_wait(0, [s])
-            mbarrier.arrive(k_free.index(0))
-            p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, left, softcap, D, N, CAPPED)
-            k_stage = 1 % STAGES
-            k_phase = 1 // STAGES
-            mbarrier.wait(k_full.index(k_stage), k_phase, pred=n > 1)
-            for i in range(n - 1):
-                powers += 2
-                left -= 128
-                k_power = gl.load(powers)
-                v_power = gl.load(powers + 1)
-                s = warpgroup_mma(q_shared, k_shared.index(k_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(stage), phase)
-                o = warpgroup_mma(p, v_shared.index(stage).permute((1, 0)), acc, is_async=True)
-                s = warpgroup_mma_wait(1, [s])
-                mbarrier.arrive(k_free.index(k_stage))
-                p_next, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, left, softcap, D, N, CAPPED)
-                last = stage
-                stage = k_stage
-                phase = k_phase
-                k_stage += 1
-                if k_stage == STAGES:
-                    k_stage = 0
-                    k_phase ^= 1
-                # This wait stands between the weights and the next one, which the compiler would move up to before the weights.
-                mbarrier.wait(k_full.index(k_stage), k_phase, pred=i < n - 2)
-                acc, _ = warpgroup_mma_wait(0, [o, p])
-                mbarrier.arrive(v_free.index(last))
-                acc = acc * gl.convert_layout(fade, OR)[:, None]
-                p = p_next
-            mbarrier.wait(v_full.index(stage), phase)
-            o = warpgroup_mma(p, v_shared.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, [o])
-    total = gl.convert_layout(gl.sum(mass, 1), SR)
+                k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
+                v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
+    total = gl.sum(mass, 1)
+    if FAST:
+        gl.store(flag, gl.max((total < float("inf")).to(gl.int32) ^ 1, 0))  # NaN is not less, too
     some = total > 0
     total = gl.where(some, total, 1.0)
-    lse = top + log2(total)
+    lse = gl.max(top, 1) + log2(total)
     if not CAPPED:
-        lse += bias
+        lse += gl.max(bias, 1)
     gl.store(lse_ptr + r, gl.where(some, lse, float("-inf")), mask=r < rows)
     inverse = gl.convert_layout(1.0 / total, OR)
     r = row + gl.arange(0, 64, layout=OR)
@@ -372,11 +305,13 @@ def _consume(
 
 @gluon.jit
 def prefill_kernel(
-    q, bias, pool, table, lengths, folded, powers, k_table, v_table, out, lse2, heads, rows, table_stride, columns, softcap,
-    D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, AHEAD: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    q, bias, pool, table, lengths, folded, powers, k_table, v_table, out, lse2, flags, heads, rows, table_stride, columns, softcap,
+    D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
-    """128 query rows over one split of `prefill_pages`. columns: of the table. For the constants see `configuration`."""
+    """64 CONSUMERS query rows over one split of `prefill_pages`. columns: of the table. MODE: "fast", "again" of what is flagged,
+    or "safe" without flags. For the other constants see `configuration`."""
+    FAST: gl.constexpr = MODE == "fast"
     segment = gl.program_id(1).to(gl.int64)
     h = (segment % heads).to(gl.int32)
     b = segment // heads
@@ -385,54 +320,85 @@ def prefill_kernel(
     share = gl.cdiv(pages, gl.num_programs(2))
     first = gl.program_id(2) * share
     n = gl.maximum(gl.minimum(share, pages - first), 0)
+    to = (segment * gl.num_programs(2) + gl.program_id(2)) * rows
+    if MODE != "safe":
+        flags += ((segment * gl.num_programs(2) + gl.program_id(2)) * gl.num_programs(0) + gl.program_id(0)) * CONSUMERS
+    count = rows  # of query rows, none if they need not be computed again
+    if MODE == "again":
+        wrong = gl.load(flags) + gl.load(flags + CONSUMERS - 1) > 0
+        n = gl.where(wrong, n, 0)
+        count = gl.where(wrong, rows, 0)
     first = gl.where(n > 0, first, 0)
     left = length - first * 128
-    row = gl.program_id(0) * 128
+    row = gl.program_id(0) * (64 * CONSUMERS)
     F16: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_shared = gl.allocate_shared_memory(gl.float16, [2, 64, D], F16)
-    k_shared = gl.allocate_shared_memory(gl.float16, [STAGES, 128, D], F16)
-    v_shared = gl.allocate_shared_memory(gl.float16, [STAGES, D, 128], F16)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    for i in gl.static_range(STAGES):
+    q_shared = gl.allocate_shared_memory(gl.float16, [CONSUMERS, 64, D], F16)
+    k_shared = gl.allocate_shared_memory(gl.float16, [K_STAGES, 128, D], F16)
+    v_shared = gl.allocate_shared_memory(gl.float16, [V_STAGES, D, 128], F16)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
+    k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
+    v_free = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
+    for i in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+    for i in gl.static_range(V_STAGES):
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=CONSUMERS)
     q += segment * rows * D
     bias += segment * rows
-    to = (segment * gl.num_programs(2) + gl.program_id(2)) * rows
     at = segment * columns + first
     powers += at * 2
     out += to * D
     lse2 += to
     barriers = (k_full, k_free, v_full, v_free)
-    gl.warp_specialize(
-        [
-            (_consume, (q, bias, powers, out, lse2, q_shared.index(0), k_shared, v_shared, barriers, row, rows, n, left, softcap,
-                        D, N, STAGES, CAPPED, OVERLAP)),
-            (_consume, (q, bias, powers, out, lse2, q_shared.index(1), k_shared, v_shared, barriers, row + 64, rows, n, left, softcap,
-                        D, N, STAGES, CAPPED, OVERLAP)),
-            (_produce, (pool, table + b * table_stride, folded + at * 192, k_table, v_table, k_shared, v_shared, barriers, first, n,
-                        heads, h, D, K, V, STAGES, AHEAD)),
-        ],
-        [4, 4],
-        [CONSUMER, PRODUCER],
-    )  # fmt: skip
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    k_scales = gl.allocate_shared_memory(gl.int32, [128], FLAT)
+    v_scales = gl.allocate_shared_memory(gl.int32, [64], FLAT)
+    rooms = (room(128, D, K), room(D, 128, V), k_scales, v_scales)
+    ids = table + b * table_stride
+    folded += at * 192
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (q, bias, powers, out, lse2, flags, q_shared.index(0), k_shared, v_shared, barriers, row, count, n,
+                            left, softcap, D, N, K_STAGES, V_STAGES, CAPPED, FAST)),
+                (_consume, (q, bias, powers, out, lse2, flags + 1, q_shared.index(1), k_shared, v_shared, barriers, row + 64,
+                            count, n, left, softcap, D, N, K_STAGES, V_STAGES, CAPPED, FAST)),
+                (produce, (pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, first, n, heads, h,
+                            D, K, V, K_STAGES, V_STAGES)),
+            ],
+            [4, 4],
+            [CONSUMER, PRODUCER],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (q, bias, powers, out, lse2, flags, q_shared.index(0), k_shared, v_shared, barriers, row, count, n,
+                            left, softcap, D, N, K_STAGES, V_STAGES, CAPPED, FAST)),
+                (produce, (pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, first, n, heads, h,
+                            D, K, V, K_STAGES, V_STAGES)),
+            ],
+            [4],
+            [PRODUCER],
+        )  # fmt: skip
 
 
 def configuration(f: Format) -> dict[str, Any]:
     """What suits a format.
 
-    N: tokens of a product. STAGES: pages in shared memory. OVERLAP: the next page's first product starts before this one's second.
-    AHEAD: a page's words are loaded a page ahead. CONSUMER, PRODUCER: registers of their threads.
+    N: tokens of a product. K_STAGES, V_STAGES: pages in shared memory. CONSUMERS: groups of 64 query rows. CONSUMER, PRODUCER:
+    registers of their threads.
     """
     if f.head_dim == 256:
-        return dict(N=64, STAGES=1, OVERLAP=False, AHEAD=False, CONSUMER=216, PRODUCER=72)
-    return dict(N=128, STAGES=2, OVERLAP=True, AHEAD=max(f.k, f.v) < 8, CONSUMER=216, PRODUCER=72)
+        return dict(N=64, K_STAGES=1, V_STAGES=1, CONSUMERS=2 if f.k + f.v <= 8 else 1, CONSUMER=208, PRODUCER=88)
+    return dict(N=128, K_STAGES=2, V_STAGES=3 if f.k + f.v <= 8 else 2, CONSUMERS=2, CONSUMER=216, PRODUCER=72)
+
+
+def modes(f: Format) -> tuple[str, ...]:
+    """The launches of `prefill_kernel`. The fast one needs the registers of smaller heads."""
+    return ("safe",) if f.head_dim == 256 else ("fast", "again")
 
 
 def prefill_pages(
@@ -457,8 +423,12 @@ def prefill_pages(
             pages.pool, pages.table, pages.lengths, folded, powers, heads, pages.table.stride(0),
             SCALES=f.scale_offset, PAGE=PAGE, num_warps=1,
         )  # fmt: skip
-    prefill_kernel[(-(-rows // ROWS), segments, splits)](
-        q, bias, pages.pool, pages.table, pages.lengths, folded, powers, k_table, v_table, out, lse2,
-        heads, rows, pages.table.stride(0), columns, 1.0 if softcap is None else softcap,
-        D=head_dim, K=f.k, V=f.v, CAPPED=softcap is not None, **configuration(f), num_warps=4,
-    )  # fmt: skip
+    how = configuration(f)
+    grid = (-(-rows // (64 * how["CONSUMERS"])), segments, splits)
+    flags = torch.empty(grid[0] * segments * splits * how["CONSUMERS"], dtype=torch.int32, device=q.device)
+    for mode in modes(f):
+        prefill_kernel[grid](
+            q, bias, pages.pool, pages.table, pages.lengths, folded, powers, k_table, v_table, out, lse2, flags,
+            heads, rows, pages.table.stride(0), columns, 1.0 if softcap is None else softcap,
+            D=head_dim, K=f.k, V=f.v, CAPPED=softcap is not None, MODE=mode, **how, num_warps=4,
+        )  # fmt: skip

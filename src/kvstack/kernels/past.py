@@ -1,0 +1,62 @@
+"""Attention of a chunk of new queries over a past in pages, which lies before them all, in three launches.
+
+    project   rotate the queries, once                                            `rotate`
+    attend    every query over all tokens of its row, page by page                `prefill_hopper` or `prefill`
+    merge     rotate the output back, once                                        `merge`
+
+Pages are read as they are: what is unpacked lives in registers and in shared memory. What the new tokens see of each other and of other
+tiers is somebody else's, and is merged with this by the logarithms of the sums. Few queries over a long past share it out among more
+programs (`splits`), whose results are merged first. A step of up to eight tokens is faster by `decode`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvstack.kernels import reference
+from kvstack.kernels.decode import LOG2_E, Body, Path
+from kvstack.kernels.device import processors
+from kvstack.kernels.reference import Partial, Shape
+
+ROWS = 128  # query rows of a program
+
+
+def attend_past(q: Tensor, body: Body, shape: Shape, path: Path | None = None, dtype: torch.dtype = torch.float32) -> Partial:
+    """Attention of `q [B, Hq, T, D]` over all tokens of a body, as a partial with an output of `dtype`.
+
+    path: of `choose`; None for the body's own. Pages of 16 bits have no kernel here and take the reference.
+    """
+    path = path or body.path
+    f = body.pages.format
+    if path.name == "reference" or max(f.k, f.v) > 8:
+        key, value, below = body.sides()
+        return reference.attend(q, key, value, below, shape)
+    from kvstack.kernels import prefill, prefill_hopper  # these need Triton
+    from kvstack.kernels.merge import merge_partials
+    from kvstack.kernels.rotate import project
+
+    b, hq, t, d = q.shape
+    heads = body.pages.pool.shape[1]
+    rotated, bias = project(q, body.signs[0], body.key.centre, shape.scale * LOG2_E, heads)  # [B * H, R, D], [B * H, R]
+    segments, rows, _ = rotated.shape
+    e = splits(segments * -(-rows // ROWS), body.pages.table.shape[1], q.device)
+    part, lse2 = rotated.new_empty(segments, e, rows, d), bias.new_empty(segments, e, rows)
+    if path.name == "hopper":
+        prefill_hopper.prefill_pages(rotated, bias, body.pages, *body.tables, part, lse2, shape.softcap)
+    else:
+        prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse2, shape.softcap)
+    if e > 1:
+        weights = (lse2 * math.log(2)).softmax(1).nan_to_num(0)  # a row without tokens has none
+        part = (weights[..., None] * part).sum(1, keepdim=True)
+        lse2 = (lse2 * math.log(2)).logsumexp(1, keepdim=True) * LOG2_E
+    out = torch.empty(b, hq, t, d, dtype=dtype, device=q.device)
+    # One partial is left for every head of every row, in the order of a single program that takes all pages in turn.
+    merge_partials(out, (part, lse2), None, body.cum, 1, body.signs[1], body.value.centre, None, heads)
+    return Partial(out, lse2.reshape(b, hq, t) * math.log(2))
+
+
+def splits(programs: int, pages: int, device: torch.device) -> int:
+    """Among how many programs a row's `pages` are shared out, so that `programs` for all query rows become about one per
+    multiprocessor, with eight pages each at least."""
+    return max(1, min(processors(device) // programs, pages // 8))

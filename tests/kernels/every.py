@@ -1,0 +1,63 @@
+"""Every kernel on small problems of a GPU, each checked as `kvstack bench` does. For a tool that looks over its shoulder:
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/every.py
+compute-sanitizer --tool racecheck python tests/kernels/every.py
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvstack.bench import encode, own, prefill
+from kvstack.bench.problem import Problem
+from kvstack.kernels.decode import Body, Exact, Path, choose
+from kvstack.kernels.decode import decode as attend
+from kvstack.kernels.reference import Shape
+
+STEP = Problem((300, 1), heads=4, kv_heads=1, head_dim=128)
+CHUNK = Problem((300, 1), heads=4, kv_heads=1, head_dim=128, queries=70)
+LENGTHS = (1, 127, 300)
+
+
+def portable(q: Tensor, body: Body, shape: Shape) -> Tensor:
+    return attend(q, body, None, shape, path=Path("portable", ""))
+
+
+def portable_chunk(q: Tensor, body: Body, shape: Shape) -> Tensor:
+    return prefill.attend(q, body, shape, Path("portable", ""))
+
+
+def near(device: torch.device) -> None:
+    """Exact tokens, some of which nobody sees, by a path without a body."""
+    q, (k, v) = torch.randn(2, 8, 3, 128, device=device), torch.randn(2, 2, 2, 140, 128, device=device)
+    seen = torch.rand(2, 3, 140, device=device) < 0.5
+    got, want = (attend(q, None, Exact(k, v, seen), Shape(0.1), path=p) for p in (choose(device), Path("reference", "")))
+    assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    own.RAGGED = LENGTHS
+    todo: list[tuple[str, Any]] = []
+    for d, bits in ((128, "4, 3, 2, 8, k4v2, 16"), (64, "4"), (256, "4, 8")):
+        p = replace(STEP, head_dim=d)
+        todo += [(f"decode {c.bits} of {d}", partial(c.error, p, device)) for c in own.contenders(bits, d)]
+    for d, bits in ((128, "4, 3, 2, 8"), (64, "4"), (256, "4, 8")):
+        p = replace(CHUNK, head_dim=d)
+        todo += [(f"prefill {c.bits} of {d}", partial(c.error, p, device)) for c in prefill.contenders(bits, d)]
+    for what, p, run in (("decode", STEP, portable), ("prefill", CHUNK, portable_chunk)):
+        todo += [(f"portable {what} {c.bits}", partial(c.error, p, device)) for c in own.contenders("4, 8", 128, run)]
+    for p in (CHUNK, STEP):
+        todo += [(f"encode {c.bits}", partial(c.error, p, device)) for c in encode.contenders("4, 3, 2, 8, 4+search", 128)]
+    for what, error in todo:
+        print(what, f"{error():.1e}", flush=True)
+    near(device)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
