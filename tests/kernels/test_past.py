@@ -15,6 +15,7 @@ from kvstack.kernels.reference import Shape
 
 pytest.importorskip("triton")
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # in Triton's interpreter
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LENGTHS = (130, 0, 300)
