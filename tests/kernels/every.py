@@ -1,9 +1,12 @@
 """Every kernel on small problems of a GPU, each checked as `kvstack bench` does. For a tool that looks over its shoulder:
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/every.py
-compute-sanitizer --tool racecheck python tests/kernels/every.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/every.py
+    compute-sanitizer --tool racecheck python tests/kernels/every.py 0/8
+
+Part 0 of 8 takes every eighth problem, so that several processes can share them out.
 """
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,8 +41,9 @@ def near(device: torch.device) -> None:
     assert (got - want).norm() <= 1e-4 * want.norm()
 
 
-def main() -> None:
+def main(part: str = "0/1") -> None:
     torch.manual_seed(0)
+    first, step = map(int, part.split("/"))
     device = torch.device("cuda")
     own.RAGGED = LENGTHS
     todo: list[tuple[str, Any]] = []
@@ -53,11 +57,11 @@ def main() -> None:
         todo += [(f"portable {what} {c.bits}", partial(c.error, p, device)) for c in own.contenders("4, 8", 128, run)]
     for p in (CHUNK, STEP):
         todo += [(f"encode {c.bits}", partial(c.error, p, device)) for c in encode.contenders("4, 3, 2, 8, 4+search", 128)]
-    for what, error in todo:
+    for what, error in todo[first::step]:
         print(what, f"{error():.1e}", flush=True)
     near(device)
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
