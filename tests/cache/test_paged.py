@@ -131,11 +131,13 @@ def test_the_pool_is_counted_and_grows_little() -> None:
 def test_numbers_that_are_not_finite_change_nothing() -> None:
     pair = stores("polar4", 1)
     both(pair, 20)
-    _, k, v = draw(1, 1)
-    k[0, 0, 0, 3] = torch.nan
-    with pytest.raises(BadInputError):
-        pair[1].body.append(k, v, torch.tensor([1]))
-    same(pair)
+    for store in pair:
+        q, k, v = draw(1, 1)
+        k[0, 0, 0, 3] = torch.nan
+        with pytest.raises(BadInputError):
+            store.attend(q, k, v, SHAPE)
+    assert torch.equal(*(s.lengths for s in pair))
+    both(pair, 1)
 
 
 def test_who_has_pages() -> None:

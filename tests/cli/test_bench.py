@@ -17,6 +17,7 @@ OPTIONS = {
     "decode": ["shape", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "plot", "quick"],
     "prefill": ["chunk", "past", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "quick"],
     "encode": ["shape", "kv_heads", "head_dim", "bits", "json_out", "quick"],
+    "error": ["tokens", "head_dim", "bits", "json_out"],
     "generate": ["shape", "recipe", "context", "batch", "steps", "json_out"],
 }
 
@@ -106,6 +107,9 @@ def test_help_of_kernels_says_what_is_checked(name: str) -> None:
         (["encode", "--head-dim", "80"], "head sizes of 64, 128 and 256"),
         (["encode", "--bits", ""], "nothing to measure"),
         (["encode", "--json", "/dev/null/x.json"], "Give another place"),
+        (["error", "--tokens", "0"], "Invalid value for '--tokens'"),
+        (["error", "--bits", "9"], "no page format for 9-bit keys"),
+        (["error", "--json", "/dev/null/x.json"], "Give another place"),
     ],
 )
 def test_bad_options_of_kernels(args: list[str], message: str) -> None:

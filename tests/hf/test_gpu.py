@@ -22,15 +22,16 @@ def logits(model: Any, cache: Cache, ids: torch.Tensor, chunk: int) -> torch.Ten
     return torch.cat([model(input_ids=x, past_key_values=cache).logits for x in ids.to(model.device).split(chunk, 1)], 1).cpu()
 
 
-@pytest.mark.parametrize("chunk", [1000, 150, 40, 7, 1])
+@pytest.mark.parametrize("chunk", [150, 40, 7, 1])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_same_logits(recipe: str, chunk: int) -> None:
-    """Up to codes of coordinates that lie on an edge, which differ with the last bits of keys and values."""
+    """Up to codes of coordinates that lie on an edge, which differ with the last bits of keys and values. Recipes differ by more: with
+    chunks of 40, `fp8` is 2 % from `exact`, and `polar4` 8 %."""
     model, ids = make("qwen3-128"), tokens(2, 300)
     want = logits(model, Cache(model, recipe), ids, chunk)
     model = copy.deepcopy(model).cuda()
     got = logits(model, Cache(model, recipe), ids, chunk)
-    assert (got - want).norm() <= 1e-2 * want.norm()
+    assert (got - want).norm() <= 5e-3 * want.norm()
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:4])

@@ -166,7 +166,7 @@ def encode_kernel(k: int, v: int, head_dim: int, tokens: int, machine: encode.Ma
             TILE=how.tile, SPAN=how.span, CHUNK=how.chunk, FRAGMENT=how.fragment, PRECISION="tf32x3",
         ),
         {}, ("k_b", "k_h", "k_n", "v_b", "v_h", "v_n"),
-        {"num_warps": how.warps, "num_stages": how.stages} | ({} if how.registers is None else {"maxnreg": how.registers}), one(target),
+        {"num_warps": how.warps, "num_stages": 1} | ({} if how.registers is None else {"maxnreg": how.registers}), one(target),
     )  # fmt: skip
 
 

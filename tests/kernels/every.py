@@ -1,4 +1,4 @@
-"""Every kernel on small problems of a GPU, each checked as `kvstack bench` does. For a tool that looks over its shoulder:
+"""Every kernel on small problems of a GPU, checked as `kvstack bench` checks it. For a tool that looks over its shoulder:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/every.py
     compute-sanitizer --tool racecheck python tests/kernels/every.py 0/8
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvstack.bench import encode, own, prefill
+from kvstack.bench import encode, own, prefill, trial
 from kvstack.bench.problem import Problem
 from kvstack.kernels.decode import Body, Exact, Path, choose
 from kvstack.kernels.decode import decode as attend
@@ -49,16 +49,16 @@ def main(part: str = "0/1") -> None:
     todo: list[tuple[str, Any]] = []
     for d, bits in ((128, "4, 3, 2, 8, k4v2, 16"), (64, "4"), (256, "4, 8")):
         p = replace(STEP, head_dim=d)
-        todo += [(f"decode {c.bits} of {d}", partial(c.error, p, device)) for c in own.contenders(bits, d)]
+        todo += [(f"decode {c.bits} of {d}", partial(trial.check, c, p, device)) for c in own.contenders(bits, d)]
     for d, bits in ((128, "4, 3, 2, 8"), (64, "4"), (256, "4, 8")):
         p = replace(CHUNK, head_dim=d)
-        todo += [(f"prefill {c.bits} of {d}", partial(c.error, p, device)) for c in prefill.contenders(bits, d)]
+        todo += [(f"prefill {c.bits} of {d}", partial(trial.check, c, p, device)) for c in prefill.contenders(bits, d)]
     for what, p, run in (("decode", STEP, portable), ("prefill", CHUNK, portable_chunk)):
-        todo += [(f"portable {what} {c.bits}", partial(c.error, p, device)) for c in own.contenders("4, 8", 128, run)]
+        todo += [(f"portable {what} {c.bits}", partial(trial.check, c, p, device)) for c in own.contenders("4, 8", 128, run)]
     for p in (CHUNK, STEP):
-        todo += [(f"encode {c.bits}", partial(c.error, p, device)) for c in encode.contenders("4, 3, 2, 8, 4+search", 128)]
-    for what, error in todo[first::step]:
-        print(what, f"{error():.1e}", flush=True)
+        todo += [(f"encode {c.bits}", partial(trial.check, c, p, device)) for c in encode.contenders("4, 3, 2, 8, 4+search", 128)]
+    for what, check in todo[first::step]:
+        print(what, check(), flush=True)  # raises when ours is wrong
     near(device)
     torch.cuda.synchronize()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from truth import error, truth
 
 from kvstack.codecs import Context, Polar
 from kvstack.codecs.packing import unpack
@@ -103,30 +104,6 @@ def merge(c: Case, programs: int, out: Tensor, lse2: Tensor) -> tuple[Tensor, Te
     others = [s for s in range(len(lse2)) if s not in named]
     assert len(set(named)) == len(named) and bool(out[others].isnan().all()) and bool(lse2[others].isnan().all())
     return mean, total
-
-
-def truth(c: Case, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """The same by float64 attention."""
-    k, v, scales = read(c.pages)
-    sides = []
-    for codes, bits, levels, scale in (
-        (k, c.pages.format.k, c.k_levels, scales[..., 0]),
-        (v, c.pages.format.v, c.v_levels, scales[..., 1]),
-    ):
-        numbers = codes.view(torch.float8_e4m3fn).float() if bits == 8 else levels[codes.long()]
-        sides.append(numbers.double() * scale[..., None].double())
-    behind = torch.arange(k.shape[2], device=DEVICE) >= c.pages.lengths[:, None, None]  # [B, 1, N]
-    k, v = (x.masked_fill(behind[..., None], 0).flatten(0, 1) for x in sides)
-    x = c.q.double() @ k.mT + c.bias[..., None].double()
-    if softcap is not None:
-        cap = softcap * math.log2(math.e)
-        x = cap * torch.tanh(x / cap)
-    x = (x * math.log(2)).unflatten(0, (-1, HEADS)).masked_fill(behind[:, :, None], -math.inf).flatten(0, 1)
-    return torch.softmax(x, -1).nan_to_num(0) @ v, x.logsumexp(-1) / math.log(2)
-
-
-def error(x: Tensor, y: Tensor) -> float:
-    return float((x - y).norm() / y.norm())
 
 
 def check(c: Case, programs: int, softcap: float | None = None, bound: float = 1e-3) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from truth import error, truth
 
 from kvstack.codecs import Context, Polar
 from kvstack.codecs.polar import PolarCodec
@@ -75,27 +76,6 @@ def run(c: Case, splits: int = 1, softcap: float | None = None) -> tuple[Tensor,
     assert torch.equal((out == 0).all(-1), lse2.isneginf())
     lse = lse2.double() * math.log(2)
     return (torch.softmax(lse, 1).nan_to_num(0)[..., None] * out).sum(1), lse.logsumexp(1) / math.log(2)
-
-
-def truth(c: Case, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """The same by float64 attention."""
-    *codes, scales = read(c.pages)
-    sides = []
-    for i, (x, bits, levels) in enumerate(zip(codes, (c.pages.format.k, c.pages.format.v), (c.k_levels, c.v_levels), strict=True)):
-        numbers = x.view(torch.float8_e4m3fn).float() if bits == 8 else levels[x.long()]
-        sides.append(numbers.double() * scales[..., i : i + 1].double())
-    behind = torch.arange(scales.shape[2], device=DEVICE) >= c.pages.lengths[:, None, None]  # [B, 1, N]
-    k, v = (x.masked_fill(behind[..., None], 0).flatten(0, 1) for x in sides)
-    x = c.q.double() @ k.mT + c.bias[..., None].double()
-    if softcap is not None:
-        cap = softcap * math.log2(math.e)
-        x = cap * torch.tanh(x / cap)
-    x = (x * math.log(2)).unflatten(0, (-1, HEADS)).masked_fill(behind[:, :, None], -math.inf).flatten(0, 1)
-    return torch.softmax(x, -1).nan_to_num(0) @ v, x.logsumexp(-1) / math.log(2)
-
-
-def error(x: Tensor, y: Tensor) -> float:
-    return float((x - y).norm() / y.norm())
 
 
 def check(c: Case, splits: int = 1, softcap: float | None = None, bound: float = 1e-3) -> None:

@@ -18,8 +18,8 @@ OWN, OTHER = "#2a7de1", "#c9664f"
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become tables. by: fields that rows of one problem share. time: the field of their time. title: of a problem, from one
-    of its rows. columns: heads, and the cells of a row that was timed."""
+    """How rows become tables. by: fields that rows of one problem share. time: the field that they are sorted by, mostly their time.
+    title: of a problem, from one of its rows. columns: heads, and the cells of a row that was timed."""
 
     by: tuple[str, ...]
     time: str

@@ -29,11 +29,10 @@ from kvstack.errors import BadInputError
 from kvstack.kernels.decode import Exact as ExactTokens
 from kvstack.kernels.decode import decode
 from kvstack.kernels.past import attend_past
-from kvstack.kernels.reference import Partial, Shape, attend, attend_first, merge
+from kvstack.kernels.reference import QUERIES, Partial, Shape, attend, attend_first, merge
 from kvstack.recipe import Recipe
 
 Prefill = Literal["exact", "strict"]
-QUERIES = 512  # per step of the reference, so that logits stay small
 STEPS = 8  # new tokens of a row that the decode kernels take
 
 

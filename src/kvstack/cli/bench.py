@@ -1,8 +1,8 @@
 """`kvstack bench`: speed on this machine's GPU, beside other libraries that are installed, in one process.
 
 `decode`: attention of a decode step. `prefill`: of a chunk of new tokens over a compressed past. `encode`: new tokens into pages.
-`generate`: a whole model's decode loop. The tables go to the terminal, the rows to a results file (`environment.write_results`), the
-picture to a PNG. What is measured and how is the business of `bench/`.
+`generate`: a whole model's decode loop. `error`: how exact decode attention is. The tables go to the terminal, the rows to a results
+file (`environment.write_results`), the picture to a PNG. What is measured and how is the business of `bench/`.
 """
 
 import shlex
@@ -21,6 +21,7 @@ from rich.table import Table
 from kvstack import artefact
 from kvstack.bench import decode as decoding
 from kvstack.bench import encode as encoding
+from kvstack.bench import error as erring
 from kvstack.bench import generate as generating
 from kvstack.bench import own, peers, report
 from kvstack.bench import prefill as prefilling
@@ -38,6 +39,7 @@ kvstack bench decode --json results/decode_h200.json --plot out/decode_h200.png
 kvstack bench prefill --chunk 2048 --past 131072 --json out/prefill.json
 kvstack bench encode --shape 1x32768 --shape 32x1 --bits "4, 4+search" --quick
 kvstack bench generate --shape qwen3-8b --context 32768
+kvstack bench error --tokens 4096 --tokens 1048576
 """
 
 QueryHeads = Annotated[int, typer.Option(min=1, help="Query heads.")]
@@ -126,6 +128,26 @@ def encode(
     with _progress() as bar:
         rows = encoding.measure(problems, contenders, device, 5 if quick else 25, bar)
     show(rows, f"Encoding on {torch.cuda.get_device_name()}", json_out, None, encoding.LAYOUT)
+
+
+def error(
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help=f"Tokens of the row; can be given several times. Default: {', '.join(map(str, erring.TOKENS))}."),
+    ] = None,
+    head_dim: HeadDim = 128,
+    bits: Annotated[str, typer.Option(help="Our own bits, separated by commas.")] = "4, 3, 2, k4v2, 8, 16",
+    json_out: JsonOut = None,
+) -> None:
+    """Measure how far decode attention is from float64 over what the same codes stand for, up to a million tokens.
+
+    It is the kernel's own error, relative to the output. What the codes cost is measured by `kvstack compare`.
+    """
+    contenders = _some(own.contenders(bits, head_dim))
+    device = _ready(json_out)
+    with _progress() as bar:
+        rows = erring.measure(tokens or erring.TOKENS, head_dim, contenders, device, bar)
+    show(rows, f"Errors on {torch.cuda.get_device_name()}", json_out, None, erring.LAYOUT)
 
 
 def generate(

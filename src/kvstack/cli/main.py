@@ -36,6 +36,7 @@ BENCH_COMMANDS = {
     "decode": ("kvstack.cli.bench:decode", "Time attention of a decode step, ours and other libraries'."),
     "prefill": ("kvstack.cli.bench:prefill", "Time attention of a prompt's chunk over a compressed past."),
     "encode": ("kvstack.cli.bench:encode", "Time new tokens on their way into pages."),
+    "error": ("kvstack.cli.bench:error", "How exact decode attention is, up to a million tokens."),
     "generate": ("kvstack.cli.bench:generate", "A model's decode loop: tokens per second of recipes."),
 }
 EXAMPLES = """

@@ -123,8 +123,15 @@ def markdown(files: Sequence[Path]) -> str:
         machine = f"{env['gpu']['name'] if env['gpu'] else env['cpu']}, torch {env['torch']}, {env['date'][:10]}"
         head = [list(lines[0]), ["---"] * len(lines[0])]
         table = "\n".join(f"| {' | '.join(line)} |" for line in (*head, *(line.values() for line in lines)))
-        parts.append(f"## {path.stem}\n\n{machine}\n\n```\n{found['command']}\n```\n\n{table}")
+        parts.append(f"## {path.stem}\n\n{machine}\n\n```\n{found['command']}\n```\n\n{_legend(found['rows'][0])}{table}")
     return "\n\n".join(parts) + "\n"
+
+
+def _legend(row: dict[str, Any]) -> str:
+    """What a table's brackets mean where they are no intervals."""
+    if "of_copy" in row and "n" in row:
+        return "In brackets: bytes read and written over the time, in units of a device copy's bandwidth.\n\n"
+    return "In brackets: how many times as fast as the fastest peer in bf16.\n\n" if "vs_bf16" in row else ""
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -144,6 +151,12 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             }
             for row in rows
         ]
+    if "error" in rows[0] and not {"us", "ms"} & rows[0].keys():
+        errors: dict[str, dict[str, str]] = {}
+        for row in rows:
+            line = errors.setdefault(row["bits"], {"bits": row["bits"]})
+            line[f"{row['N']:,}"] = "-" if row["error"] is None else f"{row['error']:.1e}"
+        return list(errors.values())
     return _speeds(rows) if "bits" in rows[0] else []
 
 
@@ -155,7 +168,7 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     for row in rows:
         line = lines.setdefault((row["name"], row["bits"]), {unit: row["name"], "bits": row["bits"]})
         if second == "n":
-            note = f"{row['of_copy']:.0%} of a copy" if row[time] else ""
+            note = f"{row['of_copy']:.1%}" if row[time] else ""
         else:
             note = "" if row["vs_bf16"] is None else f"{row['vs_bf16']:.2f}x"
         value = f"{row[time]:,.{digits}f}" if row[time] else "-"

@@ -47,7 +47,7 @@ BIAS = tl.constexpr(0x4B400000 * 0x11111111 % 2**32)  # what eight of its bit pa
 class Config:
     """tile: tokens that are encoded at once, 32 or 128. span: tokens of a row that one program walks, a multiple of 128. chunk:
     coordinates that are multiplied at once; below D the matrix is not kept, but read for every tile. registers: of a thread, at most;
-    None is what the compiler likes. fragment: see `_order`. stages: of buffers for loads."""
+    None is what the compiler likes. fragment: see `_order`."""
 
     tile: int
     span: int
@@ -55,7 +55,6 @@ class Config:
     warps: int
     registers: int | None
     fragment: str
-    stages: int = 1  # two programs hide each other's loads; more buffers would leave room for one
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def launch(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts:
         FRAGMENT=how.fragment,
         PRECISION="ieee" if torch.version.hip else "tf32x3",  # of float32 operands: 22 bits of x, and +-1 is exact
         num_warps=how.warps,
-        num_stages=how.stages,
+        num_stages=1,  # two programs hide each other's loads; more buffers would leave room for one
         **({} if how.registers is None else {"maxnreg": how.registers}),
     )
 

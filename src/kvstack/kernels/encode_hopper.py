@@ -39,7 +39,7 @@ MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded t
 TINY = gl.constexpr(1e-36)  # squared norms are not taken for less
 
 
-def reach(pages: int, head_dim: int, processors: int) -> int:
+def _span(pages: int, head_dim: int, processors: int) -> int:
     """Tokens of a row that a program walks, for `pages` pages of K and as many of V: one wave of programs for each of them."""
     return -(-pages // (processors * PROGRAMS[head_dim])) * PAGE
 
@@ -52,14 +52,12 @@ def fits(k: Tensor, v: Tensor, key: Codec, value: Codec) -> bool:
     return aligned and known and k.dtype.itemsize == 2 and k.shape[3] in PROGRAMS and k.shape[2] >= PAGE
 
 
-def launch(
-    k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts: Tensor, counts: Tensor, span: int | None = None
-) -> None:
-    """`encode.encode` of what `fits`. span: of `reach`, a multiple of 128."""
+def launch(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts: Tensor, counts: Tensor) -> None:
+    """`encode.encode` of what `fits`."""
     batch, heads, n, head_dim = k.shape
     f, k_tables, v_tables = pages.format, _tables(key, k), _tables(value, v)
     assert (k_tables.cells.bits, v_tables.cells.bits) == (f.k, f.v), "codecs of other widths than the pages"
-    span = span or reach(batch * heads * -(-n // PAGE), head_dim, processors(k.device))
+    span = _span(batch * heads * -(-n // PAGE), head_dim, processors(k.device))
     spans = (n - 2) // span + 2  # of the row's grid that n tokens touch, at most
     encode_kernel[(batch * heads * spans, 2)](
         k, v, k_tables.matrix, v_tables.matrix, k_tables.shift, v_tables.shift, k_tables.table, v_tables.table,

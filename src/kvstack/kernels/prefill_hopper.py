@@ -34,10 +34,10 @@ from kvstack.kernels.pages import PAGE, Format, Pages
 from kvstack.kernels.prefill import relative
 from kvstack.kernels.unpack_hopper import following, natural, produce, room
 
-START = gl.constexpr(3.0)  # the largest weight, when top is set, is 2^3 or the sum of a thread's weights
+START = gl.constexpr(3.0)  # when top is set, the largest weight, or the sum of a thread's weights, is 2^3
 
 # Of two rows: new tops $0, $1, by what to multiply $2, $3, and whether there is something to multiply $4, $5, the same in all threads
-# of a warp, from sums of a thread's weights $6, $7 and tops $8, $9.
+# of a warp, from sums of a thread's weights $6, $7 and tops $8, $9. 0f47000000 is 2^15, 0f40400000 START.
 _RAISE = gl.constexpr(
     """{
     .reg .pred p;
@@ -53,33 +53,28 @@ _RAISE = gl.constexpr(
     vote.sync.any.pred p, p, -1;
     @!p bra DONE;
     mov.s32 m, 1;
-    shfl.sync.bfly.b32 b, $6, 1, 31, -1;
-    max.f32 a, $6, b;
+"""
+    + "".join(
+        f"""
+    shfl.sync.bfly.b32 b, ${6 + row}, 1, 31, -1;
+    max.f32 a, ${6 + row}, b;
     shfl.sync.bfly.b32 b, a, 2, 31, -1;
     max.f32 a, a, b;
     lg2.approx.ftz.f32 a, a;
     sub.f32 a, a, 0f40400000;
     max.f32 a, a, 0f00000000;
-    add.f32 $0, $8, a;
+    add.f32 ${row}, ${8 + row}, a;
     neg.f32 a, a;
-    ex2.approx.ftz.f32 $2, a;
-    shfl.sync.bfly.b32 b, $7, 1, 31, -1;
-    max.f32 a, $7, b;
-    shfl.sync.bfly.b32 b, a, 2, 31, -1;
-    max.f32 a, a, b;
-    lg2.approx.ftz.f32 a, a;
-    sub.f32 a, a, 0f40400000;
-    max.f32 a, a, 0f00000000;
-    add.f32 $1, $9, a;
-    neg.f32 a, a;
-    ex2.approx.ftz.f32 $3, a;
+    ex2.approx.ftz.f32 ${2 + row}, a;
+"""
+        for row in (0, 1)
+    )
+    + """
     DONE:
     mov.s32 $4, m;
     mov.s32 $5, m;
     }"""
 )
-
-
 # 16 numbers times 16 others, if the first of 16 words is not zero. With one branch for all 64 numbers of a thread it is slower.
 _FADE = gl.constexpr(
     "{.reg .pred p; setp.eq.s32 p, $48, 0;"

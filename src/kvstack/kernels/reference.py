@@ -19,6 +19,8 @@ from torch import Tensor
 
 from kvstack.codecs.base import Codec, Codes
 
+QUERIES = 512  # that callers attend with at once, so that logits stay small
+
 
 @dataclass(frozen=True)
 class Partial:
