@@ -7,7 +7,7 @@ from kvstack.recipe import Recipe
 
 
 def balanced() -> Recipe:
-    """Four bits for keys and values; the recent window and the first tokens exact."""
+    """Four bits for keys and values, in levels that Hopper's tensor cores take; the recent window and the first tokens exact."""
     return Recipe.parse("balanced")
 
 
@@ -17,5 +17,5 @@ def max_quality() -> Recipe:
 
 
 def max_context() -> Recipe:
-    """Four bits for keys, which attention is sensitive to, and two for values: the longest context in the same memory."""
+    """The same with two bits for values, to which attention is less sensitive: the longest context in the same memory."""
     return Recipe.parse("max_context")

@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
-from kvstack.kernels import encode, encode_hopper, exact, hopper, merge, plain, portable, prefill, prefill_hopper, rotate
+from kvstack.kernels import encode, encode_hopper, encode_step, exact, hopper, merge, plain, portable, prefill, prefill_hopper, rotate
 from kvstack.kernels.book import Book, book, cells
 from kvstack.kernels.pages import PAGE, Format
 
@@ -98,16 +98,20 @@ def prefill_kernel(k: int, v: int, head_dim: int, capped: bool = False, **more: 
     )  # fmt: skip
 
 
-def prefill_hopper_kernel(k: int, v: int, head_dim: int, mode: str, capped: bool = False) -> Kernel:
-    """`prefill_hopper.prefill_kernel` for `k` and `v` bits."""
+def prefill_hopper_kernel(k: int, v: int, head_dim: int, capped: bool = False) -> Kernel:
+    """`prefill_hopper.prefill_kernel` for `k` and `v` bits, with centres."""
     return Kernel(
         prefill_hopper.prefill_kernel,
         {
-            **dict.fromkeys(("q", "bias", "powers", "out", "lse2"), "*fp32"), "pool": "*u8",
+            "q": "*bf16", "out": "*bf16", "pool": "*u8",
+            **dict.fromkeys(("k_signs", "v_signs", "k_centre", "v_centre", "powers", "lse2"), "*fp32"),
             **dict.fromkeys(("table", "lengths", "folded", "k_table", "v_table", "flags"), "*i32"),
         },
-        dict(D=head_dim, K=k, V=v, CAPPED=capped, MODE=mode, **prefill_hopper.configuration(Format(head_dim, k, v))),
-        {"softcap": "fp32"}, options={"num_warps": 4}, targets=one("sm_90"),
+        dict(
+            D=head_dim, BITS=head_dim.bit_length() - 1, K=k, V=v, CAPPED=capped, ROTATE=(k < 8, v < 8), CENTRE=(k < 8, v < 8),
+            **prefill_hopper.configuration(Format(head_dim, k, v)),
+        ),
+        {"factor": "fp32", "softcap": "fp32"}, ("stride_b", "stride_h", "stride_t"), {"num_warps": 4}, one("sm_90"), loop=True,
     )  # fmt: skip
 
 
@@ -148,25 +152,41 @@ def encode_hopper_kernel(k: int, v: int, head_dim: int) -> Kernel:
     )  # fmt: skip
 
 
+def constants(bits: int, head_dim: int) -> Book:
+    """What is compiled in of a codec."""
+    return Book(8) if bits == 8 else book(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits, codebook="e4m3"))
+
+
+ENCODE = {
+    **dict.fromkeys(("k_ptr", "v_ptr", "k_matrix", "v_matrix"), "*bf16"), "k_shift": "*fp32", "v_shift": "*fp32", "pool": "*u8",
+    **dict.fromkeys(("table", "starts", "counts"), "*i32"),
+}  # fmt: skip
+
+
 def encode_kernel(k: int, v: int, head_dim: int, tokens: int, machine: encode.Machine, target: str) -> Kernel:
-    """`encode.encode_kernel` for `k` and `v` bits and as many bf16 tokens, as `encode.encode` launches it on `machine`."""
+    """`encode.encode_kernel` for `k` and `v` bits and as many bf16 tokens, as `encode.launch` launches it on `machine`."""
     f, how = Format(head_dim, k, v), encode.config(tokens, head_dim, torch.bfloat16, machine)
-
-    def constants(bits: int) -> Book:
-        return Book(8) if bits == 8 else book(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits, codebook="e4m3"))
-
     return Kernel(
-        encode.encode_kernel,
-        {
-            **dict.fromkeys(("k_ptr", "v_ptr", "k_matrix", "v_matrix"), "*bf16"), "k_shift": "*fp32", "v_shift": "*fp32", "pool": "*u8",
-            **dict.fromkeys(("table", "starts", "counts"), "*i32"),
-        },
+        encode.encode_kernel, ENCODE,
         dict(
-            D=head_dim, KEY=constants(k), VALUE=constants(v), VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes,
-            TILE=how.tile, SPAN=how.span, CHUNK=how.chunk, FRAGMENT=how.fragment, PRECISION="tf32x3",
+            D=head_dim, KEY=constants(k, head_dim), VALUE=constants(v, head_dim), VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset,
+            PAGE_BYTES=f.nbytes, TILE=how.tile, SPAN=how.span, CHUNK=how.chunk, FRAGMENT=how.fragment, PRECISION="tf32x3",
         ),
         {}, ("k_b", "k_h", "k_n", "v_b", "v_h", "v_n"),
         {"num_warps": how.warps, "num_stages": 1} | ({} if how.registers is None else {"maxnreg": how.registers}), one(target),
+    )  # fmt: skip
+
+
+def step_kernel(k: int, v: int, head_dim: int, precision: str = "tf32x3", **more: Any) -> Kernel:
+    """`encode_step.step_kernel` for `k` and `v` bits, for bf16 tokens."""
+    f = Format(head_dim, k, v)
+    return Kernel(
+        encode_step.step_kernel, ENCODE,
+        dict(
+            D=head_dim, KEY=constants(k, head_dim), VALUE=constants(v, head_dim), VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset,
+            PAGE_BYTES=f.nbytes, PAIRS=encode_step.PAIRS, CHUNK=encode_step.chunk(head_dim, torch.bfloat16), PRECISION=precision,
+        ),
+        {}, ("k_b", "k_h", "k_n", "v_b", "v_h", "v_n"), {"num_warps": encode_step.WARPS, "num_stages": 1}, **more,
     )  # fmt: skip
 
 
@@ -217,9 +237,9 @@ KERNELS = {
     "exact, fp32 of 128": exact_kernel("fp32", 128, "tf32x3", targets=one("sm_80")),
     "prefill, 4 and 4 bits of 128": prefill_kernel(4, 4, 128, targets=EVERY),
     "prefill, 3 and 4 bits of 256, soft cap": prefill_kernel(3, 4, 256, capped=True, targets=one("sm_80")),
-    "prefill on Hopper, 4 and 4 bits of 128": prefill_hopper_kernel(4, 4, 128, "fast"),
-    "prefill on Hopper, 3 and 2 bits of 128, soft cap": prefill_hopper_kernel(3, 2, 128, "again", capped=True),
-    "prefill on Hopper, 8 and 8 bits of 256": prefill_hopper_kernel(8, 8, 256, "safe"),
+    "prefill on Hopper, 4 and 4 bits of 128": prefill_hopper_kernel(4, 4, 128),
+    "prefill on Hopper, 3 and 2 bits of 128, soft cap": prefill_hopper_kernel(3, 2, 128, capped=True),
+    "prefill on Hopper, 8 and 8 bits of 256": prefill_hopper_kernel(8, 8, 256),
     "encode on Hopper, 4 and 4 bits of 128": encode_hopper_kernel(4, 4, 128),
     "Hopper, 4 and 4 bits of 128": hopper_kernel(4, 4, 128),
     "Hopper, 3 and 3 bits of 128": hopper_kernel(3, 3, 128),
@@ -231,7 +251,10 @@ KERNELS = {
     "Hopper, 4 and 4 bits of 128, 16 rows": hopper_kernel(4, 4, 128, rows=16),
     "encode, a prompt, 4 and 4 bits of 128": encode_kernel(4, 4, 128, 8192, encode.Machine(227 * 1024, "wgmma"), "sm_90"),
     "encode, a prompt, 8 and 8 bits of 128": encode_kernel(8, 8, 128, 8192, encode.Machine(227 * 1024, "wgmma"), "sm_90"),
-    "encode, a token, 3 and 2 bits of 128": encode_kernel(3, 2, 128, 1, encode.Machine(227 * 1024, "wgmma"), "sm_90"),
+    "encode, ten tokens, 3 and 2 bits of 128": encode_kernel(3, 2, 128, 10, encode.Machine(227 * 1024, "wgmma"), "sm_90"),
+    "encode, a token, 4 and 4 bits of 128": step_kernel(4, 4, 128, targets=NVIDIA),
+    "encode, a token, 4 and 4 bits of 128, AMD": step_kernel(4, 4, 128, "ieee", targets=one("gfx942")),
+    "encode, a token, 3 and 8 bits of 256": step_kernel(3, 8, 256, targets=one("sm_89")),
     "encode, a prompt, 4 and 4 bits of 128, Ada": encode_kernel(4, 4, 128, 8192, encode.Machine(99 * 1024, "mma"), "sm_89"),
     "encode, a prompt, 4 and 4 bits of 128, AMD": encode_kernel(4, 4, 128, 8192, encode.Machine(64 * 1024, "mfma"), "gfx942"),
     "merge, few programs": merge_kernel(4, 1, targets=one("sm_90")),
@@ -256,7 +279,7 @@ def resources(kernel: Any, loop: bool = False) -> dict[str, int | str]:
 
 
 def innermost(sass: str) -> dict[str, int | str]:
-    """The matrix instruction and the number of instructions of the shortest loop that has such instructions, all of one kind."""
+    """The matrix instructions and the number of instructions of the shortest loop that has such instructions."""
     code: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -271,8 +294,7 @@ def innermost(sass: str) -> dict[str, int | str]:
     kinds, length = min(
         (({op.split()[0] for op in body if re.match(r"[HQI]G?MMA", op)}, len(body)) for body in loops), key=lambda x: (not x[0], x[1])
     )
-    (kind,) = kinds
-    return {"mma": kind, "loop": length}
+    return {"mma": ", ".join(sorted(kinds)), "loop": length}
 
 
 def _of_cubin(kernel: Any, tool: str, option: str) -> str:

@@ -41,6 +41,14 @@ def near(device: torch.device) -> None:
     assert (got - want).norm() <= 1e-4 * want.norm()
 
 
+def again(device: torch.device) -> None:
+    """Logits that grow from the last page to the first until sums overflow: the pages are done a second time."""
+    p = replace(CHUNK, lengths=(300, 1))
+    body = Body.of(own.random_pages(own.page_format("4", 128), p, device), *(own.codec(4, 128, device) for _ in "kv"))
+    q = 1e4 * torch.randn(p.batch, p.heads, p.queries, 128, device=device)
+    assert prefill.attend(q, body, Shape(p.scale)).isfinite().all()
+
+
 def main(part: str = "0/1") -> None:
     torch.manual_seed(0)
     first, step = map(int, part.split("/"))
@@ -55,11 +63,12 @@ def main(part: str = "0/1") -> None:
         todo += [(f"prefill {c.bits} of {d}", partial(trial.check, c, p, device)) for c in prefill.contenders(bits, d)]
     for what, p, run in (("decode", STEP, portable), ("prefill", CHUNK, portable_chunk)):
         todo += [(f"portable {what} {c.bits}", partial(trial.check, c, p, device)) for c in own.contenders("4, 8", 128, run)]
-    for p in (CHUNK, STEP):
+    for p in (STEP, replace(STEP, lengths=(5, 1))):
         todo += [(f"encode {c.bits}", partial(trial.check, c, p, device)) for c in encode.contenders("4, 3, 2, 8, 4+search", 128)]
     for what, check in todo[first::step]:
         print(what, check(), flush=True)  # raises when ours is wrong
     near(device)
+    again(device)
     torch.cuda.synchronize()
 
 

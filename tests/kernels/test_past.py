@@ -8,8 +8,8 @@ from kvstack.bench.problem import Problem
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
 from kvstack.kernels import past
-from kvstack.kernels.decode import Body, Path, choose
-from kvstack.kernels.pages import Format
+from kvstack.kernels.decode import LOG2_E, Body, Path, choose
+from kvstack.kernels.pages import PAGE, Format
 from kvstack.kernels.past import attend_past
 from kvstack.kernels.reference import Shape
 
@@ -45,6 +45,27 @@ def test_it_is_the_partial_of_the_reference(monkeypatch: pytest.MonkeyPatch, par
     assert torch.equal(got.lse.isfinite(), want.lse.isfinite()) and (got.out[1] == 0).all()
     some = want.lse.isfinite()
     assert (got.lse - want.lse)[some].abs().max() <= 2e-3
+
+
+@pytest.mark.parametrize("size", [2.0**-4, 1.0, 2.0**4, 2.0**8])
+def test_logits_of_any_size(size: float) -> None:
+    """Older pages are the heavier ones. The kernel for Hopper comes to them last: it has to raise what its weights are relative to, and
+    with the two largest sizes to do all pages again. Numbers are such that float16 holds them exactly."""
+    torch.manual_seed(0)
+    lengths, d = (700, 40, 300), 128
+    key, value = (PolarCodec(rotation(d, seed, DEVICE), 4, codebook="e4m3") for seed in (0, 1))
+    assert key.transform is not None
+    b = Body.of(own.random_pages(Format(d, 4, 4), Problem(lengths, G * H, H, d), DEVICE), key, value)
+    scales = b.pages.pool[..., b.pages.format.scale_offset :].view(torch.bfloat16).unflatten(-1, (PAGE, 2))
+    for row, n in zip(b.pages.table, lengths, strict=True):
+        for i in range(-(-n // PAGE)):
+            scales[row[i].long(), :, : n - i * PAGE, 0] = 2.0**-i
+    q = torch.randint(-2, 3, (len(lengths), G * H, T, d), device=DEVICE).float() @ key.transform
+    shape = Shape(size / LOG2_E)
+    want = attend_past(q, b, shape, Path("reference", ""))
+    got = attend_past(q, b, shape, choose(DEVICE, b.key, b.value) if GPU else Path("portable", ""))
+    assert (got.out - want.out).norm() <= 2e-3 * want.out.norm()
+    assert torch.allclose(got.lse, want.lse, rtol=1e-4, atol=2e-3)
 
 
 def test_few_queries_share_a_long_past_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,10 @@ The small operand B has few columns: a query row takes two, for the E4M3 roundin
 left over. So q and the probabilities keep 8 bits of mantissa at no cost, since `wgmma` has 8 columns at least and there are few rows.
 Neighbouring columns are in one thread, which adds them up after the product.
 
-`wgmma` sums E4M3 products in less than fp32 precision, so a product covers one page and pages are added up in fp32. Probabilities are
-scaled by the V scale and by 2^8 over their running maximum, which keeps them in the normal range of E4M3. Numbers of 16 bits are taken
-as they are, with queries and probabilities of 16 bits and what their rounding leaves.
+`wgmma` sums E4M3 products with about 13 bits. So logits, of which large ones matter most, are the fp32 sum of two products, and outputs
+are added up in fp32 from page to page. Probabilities are scaled by the V scale and by 2^8 over their running maximum, which keeps them
+in the normal range of E4M3. Numbers of 16 bits are taken as they are, with queries and probabilities of 16 bits and what their rounding
+leaves.
 
 `reference.attend` is its twin.
 """
@@ -204,6 +205,17 @@ def _operand(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS:
 
 
 @gluon.jit
+def _in_halves(a, b, zero):
+    """Start the products of both halves of `a [M, C]` and `b [C, N]`, E4M3 numbers."""
+    C: gl.constexpr = a.shape[1] // 2
+    first, second = gl.split(a.reshape((a.shape[0], 2, C)).permute((0, 2, 1)))
+    first = gl.convert_layout(first, a.type.layout, assert_trivial=True)
+    second = gl.convert_layout(second, a.type.layout, assert_trivial=True)
+    first = warpgroup_mma(first, b.slice(0, C, 0), zero, use_acc=False, max_num_imprecise_acc=C, is_async=True)
+    return first, warpgroup_mma(second, b.slice(C, C, 0), zero, use_acc=False, max_num_imprecise_acc=C, is_async=True)
+
+
+@gluon.jit
 def _near_and_rest(x, TYPE: gl.constexpr):
     """Numbers of `TYPE` next to `x`, and 16 times what they miss."""
     near = x.to(TYPE)
@@ -359,9 +371,16 @@ def _decode(
             k_here, v_here, scales_here = k_low.index(stage), v_low.index(stage), scales_shared.index(stage)
             scales = scales_here.load(TOKEN)
             k = _operand(k_here, k_high.index(stage), kt0, kt1, K, 128, D, KT, gl.DotOperandLayout(0, SM, 2 if K == 16 else 4))
-            s = warpgroup_mma(k, q_shared.permute((1, 0)), zero_s, use_acc=False, max_num_imprecise_acc=D, is_async=True)
+            if K == 16:
+                s = warpgroup_mma(k, q_shared.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+            else:
+                s, s_more = _in_halves(k, q_shared.permute((1, 0)), zero_s)
             v = _operand(v_here, v_high.index(stage), vt0, vt1, V, D, 128, VT, gl.DotOperandLayout(0, OM, 2 if V == 16 else 4))
-            s = warpgroup_mma_wait(0, [s])
+            if K == 16:
+                s = warpgroup_mma_wait(0, [s])
+            else:
+                s, s_more = warpgroup_mma_wait(0, [s, s_more])
+                s += s_more
             k_scale = (scales << 16).to(gl.float32, bitcast=True)  # bfloat16 pairs
             v_scale = (scales & 0xFFFF0000).to(gl.float32, bitcast=True)
             x = _joined(s, ST) * (k_scale[:, None] * q_scale[None, :]) + bias[None, :]

@@ -1,7 +1,9 @@
-"""Attention of a chunk of new queries over a past in pages, which lies before them all, in three launches.
+"""Attention of a chunk of new queries over a past in pages, which lies before them all.
+
+On Hopper one kernel does it all (`prefill_hopper`). Elsewhere there are three:
 
     project   rotate the queries, once                                            `rotate`
-    attend    every query over all tokens of its row, page by page                `prefill_hopper` or `prefill`
+    attend    every query over all tokens of its row, page by page                `prefill`
     merge     rotate the output back, once                                        `merge`
 
 Pages are read as they are: what is unpacked lives in registers and in shared memory. What the new tokens see of each other and of other
@@ -39,22 +41,32 @@ def attend_past(q: Tensor, body: Body, shape: Shape, path: Path | None = None, d
 
     b, hq, t, d = q.shape
     heads = body.pages.pool.shape[1]
-    rotated, bias = project(q, body.signs[0], body.key.centre, shape.scale * LOG2_E, heads)  # [B * H, R, D], [B * H, R]
-    segments, rows, _ = rotated.shape
+    segments, rows, factor = b * heads, hq // heads * t, shape.scale * LOG2_E
     e = splits(segments * -(-rows // ROWS), body.pages.table.shape[1], q.device)
-    part, lse2 = rotated.new_empty(segments, e, rows, d), bias.new_empty(segments, e, rows)
+    lse2 = torch.empty(segments, e, rows, device=q.device)
     if path.name == "hopper":
-        prefill_hopper.prefill_pages(rotated, bias, body.pages, *body.tables, part, lse2, shape.softcap)
-    else:
-        prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse2, shape.softcap)
-    if e > 1:
-        weights = (lse2 * math.log(2)).softmax(1).nan_to_num(0)  # a row without tokens has none
-        part = (weights[..., None] * part).sum(1, keepdim=True)
-        lse2 = (lse2 * math.log(2)).logsumexp(1, keepdim=True) * LOG2_E
+        part = torch.empty(segments, e, rows, d, dtype=dtype if e == 1 else torch.float32, device=q.device)
+        centres = body.key.centre, body.value.centre
+        prefill_hopper.attend_pages(q, body.signs, centres, factor, body.pages, *body.tables, part, lse2, shape.softcap)
+        part, lse = _merged(part, lse2)
+        return Partial(part.to(dtype).reshape(q.shape), lse.reshape(b, hq, t))
+    rotated, bias = project(q, body.signs[0], body.key.centre, factor, heads)  # [B * H, R, D], [B * H, R]
+    part = torch.empty(segments, e, rows, d, device=q.device)
+    prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse2, shape.softcap)
+    part, lse = _merged(part, lse2)
     out = torch.empty(b, hq, t, d, dtype=dtype, device=q.device)
     # One partial is left for every head of every row, in the order of a single program that takes all pages in turn.
-    merge_partials(out, (part, lse2), None, body.cum, 1, body.signs[1], body.value.centre, None, heads)
-    return Partial(out, lse2.reshape(b, hq, t) * math.log(2))
+    merge_partials(out, (part, lse * LOG2_E), None, body.cum, 1, body.signs[1], body.value.centre, None, heads)
+    return Partial(out, lse.reshape(b, hq, t))
+
+
+def _merged(part: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Partials `[S, E, R, D]` with `lse2 [S, E, R]` as one, `[S, 1, R, D]`, with a natural logarithm `[S, 1, R]`."""
+    lse = lse2 * math.log(2)
+    if part.shape[1] == 1:
+        return part, lse
+    weights = lse.softmax(1).nan_to_num(0)  # a row without tokens has none
+    return (weights[..., None] * part).sum(1, keepdim=True), lse.logsumexp(1, keepdim=True)
 
 
 def splits(programs: int, pages: int, device: torch.device) -> int:

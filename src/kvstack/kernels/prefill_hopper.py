@@ -1,22 +1,21 @@
 """Prefill over a compressed past on Hopper (sm_90), in Gluon: about as fast as attention over vectors that nobody has compressed.
 
-It computes what `prefill.prefill_pages` computes, for codebooks of E4M3 numbers, in up to three launches:
+It does what `rotate.project`, `prefill.prefill_pages` and a rotation back do, for codebooks of E4M3 numbers, in two launches:
 
     fold      scales of pages as float16 numbers relative to a power of two, in the order in which they are wanted; zero behind the ends
-    fast      a program takes 128 query rows of one KV head through the pages of one split, with three groups of four warps: one
+    attend    a program takes 128 query rows of one KV head through the pages of one split, with three groups of four warps: one
               unpacks pages into shared memory (`unpack_hopper`), several stages of them, and two, with 64 rows each, multiply, by
-              `wgmma`, with weights and sums in registers
-    again     the same with a softmax that nothing can overflow, of the programs that ask for it
+              `wgmma`, with weights and sums in registers. Queries and outputs are rotated in registers, too
 
-The first group's integer instructions run beside the matrix products of the others, and a group's softmax beside the other group's
-products and, as a page's first product is started before the last one's second, beside its own. Registers move from the first group to
-the others.
+The first group's integer instructions run beside the matrix products of the others. Those start their products in turn, so that a
+group's softmax runs beside the other group's and, as a page's first product is started before the last one's second, beside its own.
+Registers move from the first group to the others.
 
 Time goes with the number of instructions, so the softmax looks for no maximum. Weights are relative to `top`, from the maximum of the
 page that comes first, which is the last one. As long as no thread's sum of weights of a page exceeds 2^15, float16 holds them all; when
 one does, `top` is raised by what is needed, and the weights, which are still float32 numbers, and the sums so far are multiplied
-accordingly. Only a logit 2^113 times as heavy as all before it makes an infinite sum, and then the program asks for `again`.
-`prefill` is its twin.
+accordingly. Only a logit 2^113 times as heavy as all before it makes an infinite sum, and then a program does all its pages again, with
+a softmax that nothing can overflow. `prefill` is its twin.
 """
 
 from typing import Any
@@ -35,6 +34,10 @@ from kvstack.kernels.prefill import relative
 from kvstack.kernels.unpack_hopper import following, natural, produce, room
 
 START = gl.constexpr(3.0)  # when top is set, the largest weight, or the sum of a thread's weights, is 2^3
+
+# A step of a Hadamard matrix across lanes: $2 is 1 in the first of two, -1 in the second.
+_ACROSS_1 = gl.constexpr("{ .reg .f32 y; shfl.sync.bfly.b32 y, $1, 1, 31, -1; fma.rn.f32 $0, $1, $2, y; }")
+_ACROSS_2 = gl.constexpr("{ .reg .f32 y; shfl.sync.bfly.b32 y, $1, 2, 31, -1; fma.rn.f32 $0, $1, $2, y; }")
 
 # Of two rows: new tops $0, $1, by what to multiply $2, $3, and whether there is something to multiply $4, $5, the same in all threads
 # of a warp, from sums of a thread's weights $6, $7 and tops $8, $9. 0f47000000 is 2^15, 0f40400000 START.
@@ -192,121 +195,216 @@ def _operand(words, D: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    q_ptr, bias_ptr, powers, out_ptr, lse_ptr, flag, q_shared, k_shared, v_shared, barriers, row, rows, n, left, softcap,
-    D: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAPPED: gl.constexpr, FAST: gl.constexpr,
+def _turn(x, BITS: gl.constexpr):
+    """`x [64, 2 ** BITS]`, an accumulator, times the Sylvester-Hadamard matrix, not normalised. A step for every bit of the column: the
+    lowest and the highest ones are of registers, two of lanes."""
+    D: gl.constexpr = x.shape[1]
+    L: gl.constexpr = x.type.layout
+    x = x.reshape((64, D // 8, 4, 2))
+    t = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))))[None, None, :, None]
+    x = gl.inline_asm_elementwise(_ACROSS_1, "=f,f,f", [x, 1.0 - 2.0 * (t & 1).to(gl.float32)], dtype=gl.float32, is_pure=True, pack=1)
+    x = gl.inline_asm_elementwise(_ACROSS_2, "=f,f,f", [x, 1.0 - (t & 2).to(gl.float32)], dtype=gl.float32, is_pure=True, pack=1)
+    even, odd = gl.split(x)
+    x = gl.join(even + odd, even - odd)
+    for i in gl.static_range(BITS - 3):
+        low, high = gl.split(x.reshape((64, D // 16 >> i, 2, 1 << i, 4, 2)).permute((0, 1, 3, 4, 5, 2)))
+        x = gl.join(low + high, low - high).permute((0, 1, 5, 2, 3, 4)).reshape((64, D // 8, 4, 2))
+    return gl.convert_layout(x.reshape((64, D)), L, assert_trivial=True)
+
+
+@gluon.jit
+def _queries(
+    q_ptr, signs_ptr, centre_ptr, q_shared, row, rows, T, stride_h, stride_t, factor,
+    D: gl.constexpr, BITS: gl.constexpr, ROTATE: gl.constexpr, CENTRE: gl.constexpr,
 ):  # fmt: skip
-    """64 query rows through all pages, the last of which comes first."""
-    k_full, k_free, v_full, v_free = barriers
-    SM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    """64 query rows, rotated and over a power of two next to the largest number of a row, into shared memory, in the order of K.
+    Returns that power and the products with the centre, `[64]` each."""
     OM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    OR: gl.constexpr = gl.SliceLayout(1, OM)
-    QL: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    STAT: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
-    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, QL))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, QL))
-    q = gl.load(q_ptr + r.to(gl.int64)[:, None] * D + natural(d)[None, :], mask=(r < rows)[:, None], other=0.0)
-    size = exp2(gl.ceil(log2(gl.maximum(gl.max(gl.abs(q), 1), 1e-30))))
-    q_shared.store((q / size[:, None]).to(gl.float16))
+    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, OM))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, OM))
+    at = (r // T).to(gl.int64) * stride_h + (r % T).to(gl.int64) * stride_t
+    x = gl.load(q_ptr + at[:, None] + d[None, :], mask=(r < rows)[:, None], other=0.0).to(gl.float32) * factor
+    bias = gl.full([64], 0.0, gl.float32, layout=gl.SliceLayout(1, OM))
+    if CENTRE:
+        bias = gl.sum(x * gl.load(centre_ptr + d)[None, :], 1)
+    if ROTATE:
+        x = _turn(x * gl.load(signs_ptr + d)[None, :], BITS)
+    size = exp2(gl.ceil(log2(gl.maximum(gl.max(gl.abs(x), 1), 1e-30))))
+    x = (x * (1.0 / size)[:, None]).to(gl.float16).reshape((64, D // 32, 2, 4, 4)).permute((0, 1, 3, 2, 4)).reshape((64, D))
+    q_shared.store(x)
     fence_async_shared()
     gl.thread_barrier()
-    mass = gl.full([64, 4], 0.0, gl.float32, layout=STAT)
-    size = mass + gl.convert_layout(size, gl.SliceLayout(1, STAT))[:, None]
-    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, STAT))
-    bias = mass + gl.load(bias_ptr + r, mask=r < rows, other=0.0)[:, None]
-    top = mass - 1e30
-    acc = gl.full([64, D], 0.0, gl.float32, layout=OM)
-    zero = gl.full([64, N], 0.0, gl.float32, layout=SM)
+    return size, bias
+
+
+@gluon.jit
+def _fast(
+    powers, q_shared, k_shared, v_shared, barriers, turns, me, size, bias, n, seen, softcap, top, mass, acc,
+    D: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """The last page, then all others, and where the rings of stages are then."""
+    k_full, k_free, v_full, v_free = barriers
+    OM: gl.constexpr = acc.type.layout
+    zero = gl.full([64, 128], 0.0, gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
     k_stage = 0
     k_phase = 0
     v_stage = 0
     v_phase = 0
+    turn = 1 - me  # the first group need not wait the first time
     if n > 0:
-        seen = left - (n - 1) * 128
         powers += (n - 1) * 2
         k_power = gl.load(powers)
         v_power = gl.load(powers + 1)
-        if FAST:
-            mbarrier.wait(k_full.index(0), 0)
-            s = warpgroup_mma(q_shared, k_shared.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, [s])
-            mbarrier.arrive(k_free.index(0))
-            p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, seen, softcap, CAPPED)
-            p = _pack(p)
-            k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
-            mbarrier.wait(k_full.index(k_stage), k_phase, pred=n > 1)
-            for i in range(n - 1):
-                powers -= 2
-                k_power = gl.load(powers)
-                v_power = gl.load(powers + 1)
-                s = warpgroup_mma(q_shared, k_shared.index(k_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(v_stage), v_phase)
-                o = warpgroup_mma(_operand(p, D), v_shared.index(v_stage).permute((1, 0)), acc, is_async=True)
-                s = warpgroup_mma_wait(1, [s])
-                mbarrier.arrive(k_free.index(k_stage))
-                p_next, top, mass, fade, raised = _follow(s, top, mass, size * k_power, bias, v_power, softcap, CAPPED)
-                k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
-                # This wait stands between the weights and the next one, which the compiler would move up to before the weights.
-                mbarrier.wait(k_full.index(k_stage), k_phase, pred=i < n - 2)
-                acc = warpgroup_mma_wait(0, [o])
-                mbarrier.arrive(v_free.index(v_stage))
-                v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
-                faded = _faded(acc.reshape((64, D // 8, 4, 2)), fade, raised)
-                acc = gl.convert_layout(faded.reshape((64, D)), OM, assert_trivial=True)
-                p = _pack(p_next)
+        mbarrier.wait(k_full.index(0), 0)
+        s = warpgroup_mma(q_shared, k_shared.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(k_free.index(0))
+        p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, seen, softcap, CAPPED)
+        p = _pack(p)
+        k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
+        mbarrier.wait(k_full.index(k_stage), k_phase, pred=n > 1)
+        for i in range(n - 1):
+            powers -= 2
+            k_power = gl.load(powers)
+            v_power = gl.load(powers + 1)
+            mbarrier.wait(turns.index(me), turn)
+            s = warpgroup_mma(q_shared, k_shared.index(k_stage).permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(v_stage), v_phase)
             o = warpgroup_mma(_operand(p, D), v_shared.index(v_stage).permute((1, 0)), acc, is_async=True)
+            mbarrier.arrive(turns.index(1 - me))
+            turn = turn ^ 1
+            s = warpgroup_mma_wait(1, [s])
+            mbarrier.arrive(k_free.index(k_stage))
+            p_next, top, mass, fade, raised = _follow(s, top, mass, size * k_power, bias, v_power, softcap, CAPPED)
+            k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
+            # This wait stands between the weights and the next one, which the compiler would move up to before the weights.
+            mbarrier.wait(k_full.index(k_stage), k_phase, pred=i < n - 2)
             acc = warpgroup_mma_wait(0, [o])
-        else:
-            for i in range(n):
-                powers -= gl.where(i < n - 1, 2, 0)
-                next_k_power = gl.load(powers)
-                next_v_power = gl.load(powers + 1)
-                k = k_shared.index(k_stage)
-                v = v_shared.index(v_stage)
-                mbarrier.wait(k_full.index(k_stage), k_phase)
-                for part in gl.static_range(128 // N):
-                    s = warpgroup_mma(q_shared, k.slice(part * N, N).permute((1, 0)), zero, use_acc=False, is_async=True)
-                    s = warpgroup_mma_wait(0, [s])
-                    if part == 128 // N - 1:
-                        mbarrier.arrive(k_free.index(k_stage))
-                    p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, seen - part * N, softcap, CAPPED)
-                    x = acc.reshape((64, D // 8, 4, 2))
-                    acc = gl.convert_layout((x * _rows_of(fade, x)).reshape((64, D)), OM, assert_trivial=True)
-                    if part == 0:
-                        mbarrier.wait(v_full.index(v_stage), v_phase)
-                    o = warpgroup_mma(_operand(_pack(p), D), v.slice(part * N, N, 1).permute((1, 0)), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, [o])
-                mbarrier.arrive(v_free.index(v_stage))
-                seen = 128
-                k_power = next_k_power
-                v_power = next_v_power
-                k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
-                v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
-    total = gl.sum(mass, 1)
+            mbarrier.arrive(v_free.index(v_stage))
+            v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
+            faded = _faded(acc.reshape((64, D // 8, 4, 2)), fade, raised)
+            acc = gl.convert_layout(faded.reshape((64, D)), OM, assert_trivial=True)
+            p = _pack(p_next)
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        o = warpgroup_mma(_operand(p, D), v_shared.index(v_stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [o])
+        mbarrier.arrive(v_free.index(v_stage))
+        v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
+    return top, mass, acc, (k_stage, k_phase, v_stage, v_phase)
+
+
+@gluon.jit
+def _safe(
+    powers, q_shared, k_shared, v_shared, barriers, places, size, bias, n, seen, softcap, top, mass, acc,
+    D: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """All pages, the last one first, N tokens at once."""
+    k_full, k_free, v_full, v_free = barriers
+    k_stage, k_phase, v_stage, v_phase = places
+    OM: gl.constexpr = acc.type.layout
+    zero = gl.full([64, N], 0.0, gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
+    powers += (n - 1) * 2
+    for _ in range(n):
+        k_power = gl.load(powers)
+        v_power = gl.load(powers + 1)
+        powers -= 2
+        k = k_shared.index(k_stage)
+        v = v_shared.index(v_stage)
+        mbarrier.wait(k_full.index(k_stage), k_phase)
+        for part in gl.static_range(128 // N):
+            s = warpgroup_mma(q_shared, k.slice(part * N, N).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, [s])
+            if part == 128 // N - 1:
+                mbarrier.arrive(k_free.index(k_stage))
+            p, top, mass, fade = _soften(s, top, mass, size * k_power, bias, v_power, seen - part * N, softcap, CAPPED)
+            x = acc.reshape((64, D // 8, 4, 2))
+            acc = gl.convert_layout((x * _rows_of(fade, x)).reshape((64, D)), OM, assert_trivial=True)
+            if part == 0:
+                mbarrier.wait(v_full.index(v_stage), v_phase)
+            o = warpgroup_mma(_operand(_pack(p), D), v.slice(part * N, N, 1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, [o])
+        mbarrier.arrive(v_free.index(v_stage))
+        seen = 128
+        k_stage, k_phase = following(k_stage, k_phase, K_STAGES)
+        v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
+    return top, mass, acc
+
+
+@gluon.jit
+def _overflown(flags, verdict, CONSUMERS: gl.constexpr):
+    """Whether a group found its sums infinite, once all have said so or not."""
+    mbarrier.wait(verdict, 0)
+    return gl.load(flags, volatile=True) + gl.load(flags + CONSUMERS - 1, volatile=True) > 0
+
+
+@gluon.jit
+def _consume(
+    tensors, me, q_shared, shared, row, numbers,
+    D: gl.constexpr, BITS: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    CAPPED: gl.constexpr, FAST: gl.constexpr, ROTATE: gl.constexpr, CENTRE: gl.constexpr,
+):  # fmt: skip
+    """64 query rows, from `row`, through all pages. me: the number of this group."""
+    q_ptr, signs, centres, powers, out_ptr, lse_ptr, flags = tensors
+    k_shared, v_shared, barriers, verdict, turns = shared
+    rows, T, strides, factor, n, left, softcap = numbers
+    OM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    STAT: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+    OR: gl.constexpr = gl.SliceLayout(1, OM)
+    size, bias = _queries(
+        q_ptr, signs[0], centres[0], q_shared, row, rows, T, strides[0], strides[1], factor, D, BITS, ROTATE[0], CENTRE[0]
+    )
+    none = gl.full([64, 4], 0.0, gl.float32, layout=STAT)
+    size = none + gl.convert_layout(size, gl.SliceLayout(1, STAT))[:, None]
+    bias = none + gl.convert_layout(bias, gl.SliceLayout(1, STAT))[:, None]
+    nothing = gl.full([64, D], 0.0, gl.float32, layout=OM)
+    seen = left - (n - 1) * 128
     if FAST:
-        gl.store(flag, gl.max((total < float("inf")).to(gl.int32) ^ 1, 0))  # NaN is not less, too
+        top, mass, acc, places = _fast(
+            powers, q_shared, k_shared, v_shared, barriers, turns, me, size, bias, n, seen, softcap, none - 1e30, none, nothing,
+            D, K_STAGES, V_STAGES, CAPPED,
+        )  # fmt: skip
+        gl.store(flags + me, gl.max((gl.sum(mass, 1) < float("inf")).to(gl.int32) ^ 1, 0))  # NaN is not less, too
+        gl.thread_barrier()
+        mbarrier.arrive(verdict)
+        if _overflown(flags, verdict, CONSUMERS):
+            top, mass, acc = _safe(
+                powers, q_shared, k_shared, v_shared, barriers, places, size, bias, n, seen, softcap, none - 1e30, none, nothing,
+                D, N, K_STAGES, V_STAGES, CAPPED,
+            )  # fmt: skip
+    else:
+        top, mass, acc = _safe(
+            powers, q_shared, k_shared, v_shared, barriers, (0, 0, 0, 0), size, bias, n, seen, softcap, none - 1e30, none, nothing,
+            D, N, K_STAGES, V_STAGES, CAPPED,
+        )  # fmt: skip
+    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, STAT))
+    total = gl.sum(mass, 1)
     some = total > 0
     total = gl.where(some, total, 1.0)
     lse = gl.max(top, 1) + log2(total)
     if not CAPPED:
         lse += gl.max(bias, 1)
     gl.store(lse_ptr + r, gl.where(some, lse, float("-inf")), mask=r < rows)
-    inverse = gl.convert_layout(1.0 / total, OR)
+    x = acc * gl.convert_layout(1.0 / total, OR)[:, None]
     r = row + gl.arange(0, 64, layout=OR)
     d = gl.arange(0, D, layout=gl.SliceLayout(0, OM))
-    gl.store(out_ptr + r.to(gl.int64)[:, None] * D + d[None, :], acc * inverse[:, None], mask=(r < rows)[:, None])
+    if ROTATE[1]:
+        x = _turn(x, BITS) * gl.load(signs[1] + d)[None, :]
+    if CENTRE[1]:
+        x += gl.convert_layout(some.to(gl.float32), OR)[:, None] * gl.load(centres[1] + d)[None, :]
+    to = out_ptr + r.to(gl.int64)[:, None] * D + d[None, :]
+    gl.store(to, x.to(out_ptr.dtype.element_ty), mask=(r < rows)[:, None])
 
 
 @gluon.jit
 def prefill_kernel(
-    q, bias, pool, table, lengths, folded, powers, k_table, v_table, out, lse2, flags, heads, rows, table_stride, columns, softcap,
-    D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr, MODE: gl.constexpr,
+    q, k_signs, v_signs, k_centre, v_centre, pool, table, lengths, folded, powers, k_table, v_table, out, lse2, flags,
+    heads, rows, T, stride_b, stride_h, stride_t, table_stride, columns, factor, softcap,
+    D: gl.constexpr, BITS: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, ROTATE: gl.constexpr,
+    CENTRE: gl.constexpr, FAST: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
 ):  # fmt: skip
-    """64 CONSUMERS query rows over one split of `prefill_pages`. columns: of the table. MODE: "fast", "again" of what is flagged,
-    or "safe" without flags. For the other constants see `configuration`."""
-    FAST: gl.constexpr = MODE == "fast"
+    """64 CONSUMERS query rows over one split of `attend_pages`. columns: of the table. ROTATE, CENTRE: whether K and V have signs and
+    centres. For the constants after these see `configuration`."""
     segment = gl.program_id(1).to(gl.int64)
     h = (segment % heads).to(gl.int32)
     b = segment // heads
@@ -315,14 +413,6 @@ def prefill_kernel(
     share = gl.cdiv(pages, gl.num_programs(2))
     first = gl.program_id(2) * share
     n = gl.maximum(gl.minimum(share, pages - first), 0)
-    to = (segment * gl.num_programs(2) + gl.program_id(2)) * rows
-    if MODE != "safe":
-        flags += ((segment * gl.num_programs(2) + gl.program_id(2)) * gl.num_programs(0) + gl.program_id(0)) * CONSUMERS
-    count = rows  # of query rows, none if they need not be computed again
-    if MODE == "again":
-        wrong = gl.load(flags) + gl.load(flags + CONSUMERS - 1) > 0
-        n = gl.where(wrong, n, 0)
-        count = gl.where(wrong, rows, 0)
     first = gl.where(n > 0, first, 0)
     left = length - first * 128
     row = gl.program_id(0) * (64 * CONSUMERS)
@@ -335,18 +425,27 @@ def prefill_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
     v_free = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
+    verdict = gl.allocate_shared_memory(gl.int64, [1], BAR)
     for i in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=CONSUMERS)
     for i in gl.static_range(V_STAGES):
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_free.index(i), count=CONSUMERS)
-    q += segment * rows * D
-    bias += segment * rows
+    mbarrier.init(verdict, count=CONSUMERS)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
+    q += b * stride_b + h.to(gl.int64) * (rows // T) * stride_h
+    to = segment * gl.num_programs(2) + gl.program_id(2)
+    flags += (to * gl.num_programs(0) + gl.program_id(0)) * CONSUMERS
     at = segment * columns + first
     powers += at * 2
-    out += to * D
-    lse2 += to
+    out += to * rows * D
+    lse2 += to * rows
+    signs = (k_signs, v_signs)
+    centres = (k_centre + h * D, v_centre + h * D)
+    strides = (stride_h, stride_t)
     barriers = (k_full, k_free, v_full, v_free)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     k_scales = gl.allocate_shared_memory(gl.int32, [128], FLAT)
@@ -354,15 +453,18 @@ def prefill_kernel(
     rooms = (room(128, D, K), room(D, 128, V), k_scales, v_scales)
     ids = table + b * table_stride
     folded += at * 192
+    tensors = (q, signs, centres, powers, out, lse2, flags)
+    shared = (k_shared, v_shared, barriers, verdict, turns)
+    numbers = (rows, T, strides, factor, n, left, softcap)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (q, bias, powers, out, lse2, flags, q_shared.index(0), k_shared, v_shared, barriers, row, count, n,
-                            left, softcap, D, N, K_STAGES, V_STAGES, CAPPED, FAST)),
-                (_consume, (q, bias, powers, out, lse2, flags + 1, q_shared.index(1), k_shared, v_shared, barriers, row + 64,
-                            count, n, left, softcap, D, N, K_STAGES, V_STAGES, CAPPED, FAST)),
-                (produce, (pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, first, n, heads, h,
-                            D, K, V, K_STAGES, V_STAGES)),
+                (_consume, (tensors, 0, q_shared.index(0), shared, row, numbers, D, BITS, N, K_STAGES, V_STAGES, CONSUMERS, CAPPED,
+                            FAST, ROTATE, CENTRE)),
+                (_consume, (tensors, 1, q_shared.index(1), shared, row + 64, numbers, D, BITS, N, K_STAGES, V_STAGES, CONSUMERS, CAPPED,
+                            FAST, ROTATE, CENTRE)),
+                (_produce, (pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, flags, verdict, first, n, heads,
+                            h, D, K, V, K_STAGES, V_STAGES, CONSUMERS, FAST)),
             ],
             [4, 4],
             [CONSUMER, PRODUCER],
@@ -370,35 +472,50 @@ def prefill_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (q, bias, powers, out, lse2, flags, q_shared.index(0), k_shared, v_shared, barriers, row, count, n,
-                            left, softcap, D, N, K_STAGES, V_STAGES, CAPPED, FAST)),
-                (produce, (pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, first, n, heads, h,
-                            D, K, V, K_STAGES, V_STAGES)),
+                (_consume, (tensors, 0, q_shared.index(0), shared, row, numbers, D, BITS, N, K_STAGES, V_STAGES, CONSUMERS, CAPPED,
+                            FAST, ROTATE, CENTRE)),
+                (_produce, (pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, flags, verdict, first, n, heads,
+                            h, D, K, V, K_STAGES, V_STAGES, CONSUMERS, FAST)),
             ],
             [4],
             [PRODUCER],
         )  # fmt: skip
 
 
+@gluon.jit
+def _produce(
+    pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, flags, verdict, first, n, H, h,
+    D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    FAST: gl.constexpr,
+):  # fmt: skip
+    """All pages, and if they are wanted again, again."""
+    places = (0, 1, 0, 1)
+    for _ in range(2 if FAST else 1):
+        places = produce(
+            pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, places, first, n, H, h,
+            D, K, V, K_STAGES, V_STAGES,
+        )  # fmt: skip
+        if FAST:
+            n = gl.where(_overflown(flags, verdict, CONSUMERS), n, 0)
+
+
 def configuration(f: Format) -> dict[str, Any]:
     """What suits a format.
 
     N: tokens of a product. K_STAGES, V_STAGES: pages in shared memory. CONSUMERS: groups of 64 query rows. CONSUMER, PRODUCER:
-    registers of their threads.
+    registers of their threads. FAST: whether to try without maxima first, which needs the registers of smaller heads.
     """
     if f.head_dim == 256:
-        return dict(N=64, K_STAGES=1, V_STAGES=1, CONSUMERS=2 if f.k + f.v <= 8 else 1, CONSUMER=208, PRODUCER=88)
-    return dict(N=128, K_STAGES=2, V_STAGES=3 if f.k + f.v <= 8 else 2, CONSUMERS=2, CONSUMER=216, PRODUCER=72)
+        return dict(FAST=False, N=64, K_STAGES=1, V_STAGES=1, CONSUMERS=2 if f.k + f.v <= 8 else 1, CONSUMER=208, PRODUCER=88)
+    registers = dict(CONSUMER=208, PRODUCER=88) if 3 in (f.k, f.v) else dict(CONSUMER=216, PRODUCER=72)
+    return dict(FAST=True, N=128, K_STAGES=2, V_STAGES=3 if f.k + f.v <= 8 else 2, CONSUMERS=2, **registers)
 
 
-def modes(f: Format) -> tuple[str, ...]:
-    """The launches of `prefill_kernel`. The fast one needs the registers of smaller heads."""
-    return ("safe",) if f.head_dim == 256 else ("fast", "again")
-
-
-def prefill_pages(
+def attend_pages(
     q: Tensor,
-    bias: Tensor,
+    signs: tuple[Tensor | None, Tensor | None],
+    centres: tuple[Tensor | None, Tensor | None],
+    factor: float,
     pages: Pages,
     k_table: Tensor,
     v_table: Tensor,
@@ -406,11 +523,16 @@ def prefill_pages(
     lse2: Tensor,
     softcap: float | None,
 ) -> None:
-    """`prefill.prefill_pages` with tables (`hopper.table`) for levels. Allocates 3/2 of the scales of the pages, for a while."""
-    f, (segments, rows, head_dim), splits = pages.format, q.shape, out.shape[1]
+    """Attention of `q [B, Hq, T, D]` times `factor`, which has log2(e), over all tokens of `pages`: fills the partials of E splits,
+    `out [B * H, E, R, D]`, in the plain space of V, and `lse2 [B * H, E, R]` float32, both contiguous.
+
+    signs, centres: of K and V, `[D]` (`rotate.signs`) and `[H, D]` float32, None for none. k_table, v_table: of `hopper.table`.
+    softcap: in natural units. Allocates 3/2 of the scales of the pages, for a while; nothing waits.
+    """
+    f, (_, _, t, head_dim), (segments, splits, rows) = pages.format, q.shape, lse2.shape
     heads, columns = pages.pool.shape[1], pages.table.shape[1]
-    assert max(f.k, f.v) <= 8 and head_dim == f.head_dim and out.shape == (segments, splits, rows, head_dim)
-    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in (q, bias, out, lse2)) and pages.table.stride(1) == 1
+    assert max(f.k, f.v) <= 8 and head_dim == f.head_dim and out.shape == (*lse2.shape, head_dim)
+    assert out.is_contiguous() and lse2.is_contiguous() and q.stride(-1) == pages.table.stride(1) == 1
     folded = torch.empty(segments, columns, 192, dtype=torch.int32, device=q.device)
     powers = torch.empty(segments, columns, 2, dtype=torch.float32, device=q.device)
     if columns:
@@ -421,9 +543,9 @@ def prefill_pages(
     how = configuration(f)
     grid = (-(-rows // (64 * how["CONSUMERS"])), segments, splits)
     flags = torch.empty(grid[0] * segments * splits * how["CONSUMERS"], dtype=torch.int32, device=q.device)
-    for mode in modes(f):
-        prefill_kernel[grid](
-            q, bias, pages.pool, pages.table, pages.lengths, folded, powers, k_table, v_table, out, lse2, flags,
-            heads, rows, pages.table.stride(0), columns, 1.0 if softcap is None else softcap,
-            D=head_dim, K=f.k, V=f.v, CAPPED=softcap is not None, MODE=mode, **how, num_warps=4,
-        )  # fmt: skip
+    prefill_kernel[grid](
+        q, *(q if x is None else x for x in (*signs, *centres)), pages.pool, pages.table, pages.lengths, folded, powers,
+        k_table, v_table, out, lse2, flags, heads, rows, t, *q.stride()[:3], pages.table.stride(0), columns, factor,
+        1.0 if softcap is None else softcap, D=head_dim, BITS=head_dim.bit_length() - 1, K=f.k, V=f.v, CAPPED=softcap is not None,
+        ROTATE=tuple(x is not None for x in signs), CENTRE=tuple(x is not None for x in centres), **how, num_warps=4,
+    )  # fmt: skip

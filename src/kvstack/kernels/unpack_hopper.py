@@ -179,12 +179,14 @@ def _store(shared, x, scale0, scale1, R: gl.constexpr, C: gl.constexpr, TOKENS: 
 
 @gluon.jit
 def produce(
-    pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, first, n, H, h,
+    pool, ids, folded, k_table, v_table, k_shared, v_shared, rooms, barriers, places, first, n, H, h,
     D: gl.constexpr, K: gl.constexpr, V: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Pages to float16 matrices in shared memory."""
+    """Pages to float16 matrices in shared memory, the last page first. places: stages and phases of the rings of K and V, returned as
+    they are then."""
     k_full, k_free, v_full, v_free = barriers
     k_room, v_room, k_scales, v_scales = rooms
+    k_stage, k_phase, v_stage, v_phase = places
     VALUES: gl.constexpr = 128 * D * K // 8
     NBYTES: gl.constexpr = VALUES + 128 * D * V // 8 + 512
     COLUMN: gl.constexpr = gl.SliceLayout(0, _steps(D, 4, False))
@@ -201,10 +203,6 @@ def produce(
         ahead = gl.load(ids + gl.maximum(at - 1, first))
         _fetch(k_room, k_scales, base, folded, K, True)
         _fetch(v_room, v_scales, base + VALUES, folded + 128, V, False)
-        k_stage = 0
-        k_phase = 1
-        v_stage = 0
-        v_phase = 1
         for i in range(n):
             base = pool + (ahead.to(gl.int64) * H + h) * NBYTES
             ahead = gl.load(ids + gl.maximum(at - i - 2, first))
@@ -235,6 +233,7 @@ def produce(
             mbarrier.arrive(v_full.index(v_stage))
             v_stage, v_phase = following(v_stage, v_phase, V_STAGES)
         async_copy.wait_group(0)
+    return k_stage, k_phase, v_stage, v_phase
 
 
 @gluon.jit
