@@ -104,7 +104,7 @@ def prefill_hopper_kernel(k: int, v: int, head_dim: int, capped: bool = False) -
         prefill_hopper.prefill_kernel,
         {
             "q": "*bf16", "out": "*bf16", "pool": "*u8",
-            **dict.fromkeys(("k_signs", "v_signs", "k_centre", "v_centre", "powers", "lse2"), "*fp32"),
+            **dict.fromkeys(("k_signs", "v_signs", "k_centre", "v_centre", "powers", "lse"), "*fp32"),
             **dict.fromkeys(("table", "lengths", "folded", "k_table", "v_table", "flags"), "*i32"),
         },
         dict(

@@ -43,26 +43,25 @@ def attend_past(q: Tensor, body: Body, shape: Shape, path: Path | None = None, d
     heads = body.pages.pool.shape[1]
     segments, rows, factor = b * heads, hq // heads * t, shape.scale * LOG2_E
     e = splits(segments * -(-rows // ROWS), body.pages.table.shape[1], q.device)
-    lse2 = torch.empty(segments, e, rows, device=q.device)
+    lse = torch.empty(segments, e, rows, device=q.device)
     if path.name == "hopper":
         part = torch.empty(segments, e, rows, d, dtype=dtype if e == 1 else torch.float32, device=q.device)
         centres = body.key.centre, body.value.centre
-        prefill_hopper.attend_pages(q, body.signs, centres, factor, body.pages, *body.tables, part, lse2, shape.softcap)
-        part, lse = _merged(part, lse2)
+        prefill_hopper.attend_pages(q, body.signs, centres, factor, body.pages, *body.tables, part, lse, shape.softcap)
+        part, lse = _merged(part, lse)
         return Partial(part.to(dtype).reshape(q.shape), lse.reshape(b, hq, t))
     rotated, bias = project(q, body.signs[0], body.key.centre, factor, heads)  # [B * H, R, D], [B * H, R]
     part = torch.empty(segments, e, rows, d, device=q.device)
-    prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse2, shape.softcap)
-    part, lse = _merged(part, lse2)
+    prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse, shape.softcap)
+    part, lse = _merged(part, lse * math.log(2))
     out = torch.empty(b, hq, t, d, dtype=dtype, device=q.device)
     # One partial is left for every head of every row, in the order of a single program that takes all pages in turn.
     merge_partials(out, (part, lse * LOG2_E), None, body.cum, 1, body.signs[1], body.value.centre, None, heads)
     return Partial(out, lse.reshape(b, hq, t))
 
 
-def _merged(part: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Partials `[S, E, R, D]` with `lse2 [S, E, R]` as one, `[S, 1, R, D]`, with a natural logarithm `[S, 1, R]`."""
-    lse = lse2 * math.log(2)
+def _merged(part: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Partials `[S, E, R, D]` with `lse [S, E, R]` as one, `[S, 1, R, D]` and `[S, 1, R]`."""
     if part.shape[1] == 1:
         return part, lse
     weights = lse.softmax(1).nan_to_num(0)  # a row without tokens has none

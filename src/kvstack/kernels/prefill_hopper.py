@@ -383,7 +383,7 @@ def _consume(
     lse = gl.max(top, 1) + log2(total)
     if not CAPPED:
         lse += gl.max(bias, 1)
-    gl.store(lse_ptr + r, gl.where(some, lse, float("-inf")), mask=r < rows)
+    gl.store(lse_ptr + r, gl.where(some, lse * 0.6931471805599453, float("-inf")), mask=r < rows)
     x = acc * gl.convert_layout(1.0 / total, OR)[:, None]
     r = row + gl.arange(0, 64, layout=OR)
     d = gl.arange(0, D, layout=gl.SliceLayout(0, OM))
@@ -397,7 +397,7 @@ def _consume(
 
 @gluon.jit
 def prefill_kernel(
-    q, k_signs, v_signs, k_centre, v_centre, pool, table, lengths, folded, powers, k_table, v_table, out, lse2, flags,
+    q, k_signs, v_signs, k_centre, v_centre, pool, table, lengths, folded, powers, k_table, v_table, out, lse, flags,
     heads, rows, T, stride_b, stride_h, stride_t, table_stride, columns, factor, softcap,
     D: gl.constexpr, BITS: gl.constexpr, K: gl.constexpr, V: gl.constexpr, CAPPED: gl.constexpr, ROTATE: gl.constexpr,
     CENTRE: gl.constexpr, FAST: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
@@ -442,7 +442,7 @@ def prefill_kernel(
     at = segment * columns + first
     powers += at * 2
     out += to * rows * D
-    lse2 += to * rows
+    lse += to * rows
     signs = (k_signs, v_signs)
     centres = (k_centre + h * D, v_centre + h * D)
     strides = (stride_h, stride_t)
@@ -453,7 +453,7 @@ def prefill_kernel(
     rooms = (room(128, D, K), room(D, 128, V), k_scales, v_scales)
     ids = table + b * table_stride
     folded += at * 192
-    tensors = (q, signs, centres, powers, out, lse2, flags)
+    tensors = (q, signs, centres, powers, out, lse, flags)
     shared = (k_shared, v_shared, barriers, verdict, turns)
     numbers = (rows, T, strides, factor, n, left, softcap)
     if CONSUMERS == 2:
@@ -520,19 +520,19 @@ def attend_pages(
     k_table: Tensor,
     v_table: Tensor,
     out: Tensor,
-    lse2: Tensor,
+    lse: Tensor,
     softcap: float | None,
 ) -> None:
     """Attention of `q [B, Hq, T, D]` times `factor`, which has log2(e), over all tokens of `pages`: fills the partials of E splits,
-    `out [B * H, E, R, D]`, in the plain space of V, and `lse2 [B * H, E, R]` float32, both contiguous.
+    `out [B * H, E, R, D]`, in the plain space of V, and `lse [B * H, E, R]` float32, both contiguous.
 
     signs, centres: of K and V, `[D]` (`rotate.signs`) and `[H, D]` float32, None for none. k_table, v_table: of `hopper.table`.
     softcap: in natural units. Allocates 3/2 of the scales of the pages, for a while; nothing waits.
     """
-    f, (_, _, t, head_dim), (segments, splits, rows) = pages.format, q.shape, lse2.shape
+    f, (_, _, t, head_dim), (segments, splits, rows) = pages.format, q.shape, lse.shape
     heads, columns = pages.pool.shape[1], pages.table.shape[1]
-    assert max(f.k, f.v) <= 8 and head_dim == f.head_dim and out.shape == (*lse2.shape, head_dim)
-    assert out.is_contiguous() and lse2.is_contiguous() and q.stride(-1) == pages.table.stride(1) == 1
+    assert max(f.k, f.v) <= 8 and head_dim == f.head_dim and out.shape == (*lse.shape, head_dim)
+    assert out.is_contiguous() and lse.is_contiguous() and q.stride(-1) == pages.table.stride(1) == 1
     folded = torch.empty(segments, columns, 192, dtype=torch.int32, device=q.device)
     powers = torch.empty(segments, columns, 2, dtype=torch.float32, device=q.device)
     if columns:
@@ -545,7 +545,7 @@ def attend_pages(
     flags = torch.empty(grid[0] * segments * splits * how["CONSUMERS"], dtype=torch.int32, device=q.device)
     prefill_kernel[grid](
         q, *(q if x is None else x for x in (*signs, *centres)), pages.pool, pages.table, pages.lengths, folded, powers,
-        k_table, v_table, out, lse2, flags, heads, rows, t, *q.stride()[:3], pages.table.stride(0), columns, factor,
+        k_table, v_table, out, lse, flags, heads, rows, t, *q.stride()[:3], pages.table.stride(0), columns, factor,
         1.0 if softcap is None else softcap, D=head_dim, BITS=head_dim.bit_length() - 1, K=f.k, V=f.v, CAPPED=softcap is not None,
         ROTATE=tuple(x is not None for x in signs), CENTRE=tuple(x is not None for x in centres), **how, num_warps=4,
     )  # fmt: skip
