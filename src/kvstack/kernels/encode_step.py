@@ -84,7 +84,7 @@ def _side(
         y = tl.zeros([PAIRS, D], tl.float32)
         for at in tl.static_range(0, D, CHUNK):
             d = at + tl.arange(0, CHUNK)
-            x = tl.load(rows[:, None] + i * stride.to(tl.int64) + d[None, :], mask=ours[:, None], other=0.0)
+            x = tl.load(rows[:, None] + i * tl.cast(stride, tl.int64) + d[None, :], mask=ours[:, None], other=0.0)
             y = tl.dot(x, tl.load(matrix + d[:, None] + column[None, :] * D), y, input_precision=PRECISION)
         if BOOK.centred:
             y -= tl.load(shift + h[:, None] * D + column[None, :])

@@ -195,7 +195,7 @@ def _operand(words, D: gl.constexpr):
 
 
 @gluon.jit
-def _turn(x, BITS: gl.constexpr):
+def _hadamard(x, BITS: gl.constexpr):
     """`x [64, 2 ** BITS]`, an accumulator, times the Sylvester-Hadamard matrix, not normalised. A step for every bit of the column: the
     lowest and the highest ones are of registers, two of lanes."""
     D: gl.constexpr = x.shape[1]
@@ -228,7 +228,7 @@ def _queries(
     if CENTRE:
         bias = gl.sum(x * gl.load(centre_ptr + d)[None, :], 1)
     if ROTATE:
-        x = _turn(x * gl.load(signs_ptr + d)[None, :], BITS)
+        x = _hadamard(x * gl.load(signs_ptr + d)[None, :], BITS)
     size = exp2(gl.ceil(log2(gl.maximum(gl.max(gl.abs(x), 1), 1e-30))))
     x = (x * (1.0 / size)[:, None]).to(gl.float16).reshape((64, D // 32, 2, 4, 4)).permute((0, 1, 3, 2, 4)).reshape((64, D))
     q_shared.store(x)
@@ -388,7 +388,7 @@ def _consume(
     r = row + gl.arange(0, 64, layout=OR)
     d = gl.arange(0, D, layout=gl.SliceLayout(0, OM))
     if ROTATE[1]:
-        x = _turn(x, BITS) * gl.load(signs[1] + d)[None, :]
+        x = _hadamard(x, BITS) * gl.load(signs[1] + d)[None, :]
     if CENTRE[1]:
         x += gl.convert_layout(some.to(gl.float32), OR)[:, None] * gl.load(centres[1] + d)[None, :]
     to = out_ptr + r.to(gl.int64)[:, None] * D + d[None, :]
