@@ -19,24 +19,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LENGTHS = (130, 0, 300)
-H, G, D, T = 2, 2, 64, 11
+H, G, T = 2, 2, 11
 
 
-def body(k: int, v: int) -> Body:
+def body(k: int, v: int, d: int) -> Body:
     """Random codes, with centres: every launch has something to do."""
     key, value = (
-        PolarCodec(rotation(D, seed, DEVICE), bits, codebook="e4m3", centre=torch.randn(H, D, device=DEVICE))
+        PolarCodec(rotation(d, seed, DEVICE), bits, codebook="e4m3", centre=torch.randn(H, d, device=DEVICE))
         for seed, bits in ((0, k), (1, v))
     )
-    return Body.of(own.random_pages(Format(D, k, v), Problem(LENGTHS, G * H, H, D), DEVICE), key, value)
+    return Body.of(own.random_pages(Format(d, k, v), Problem(LENGTHS, G * H, H, d), DEVICE), key, value)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("d", "softcap"), [(64, None), (64, 3.0), (128, None), (256, 3.0)])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_it_is_the_partial_of_the_reference(monkeypatch: pytest.MonkeyPatch, parts: int, softcap: float | None) -> None:
+def test_it_is_the_partial_of_the_reference(monkeypatch: pytest.MonkeyPatch, parts: int, d: int, softcap: float | None) -> None:
     torch.manual_seed(0)
-    b, shape = body(4, 3), Shape(D**-0.5, softcap)
-    q = torch.randn(len(LENGTHS), T, G * H, D, device=DEVICE).transpose(1, 2)
+    b, shape = body(4, 3, d), Shape(d**-0.5, softcap)
+    q = torch.randn(len(LENGTHS), T, G * H, d, device=DEVICE).transpose(1, 2)
     want = attend_past(q, b, shape, Path("reference", ""))
     path = choose(DEVICE, b.key, b.value) if GPU else Path("portable", "")
     monkeypatch.setattr(past, "splits", lambda *_: parts)
