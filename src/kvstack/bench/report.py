@@ -58,7 +58,8 @@ def tables(rows: Sequence[Row], layout: Layout = DECODE) -> list[Table]:
     """A table per problem."""
     out = []
     for group in problems(rows, layout):
-        table = Table(title=layout.title(group[0]), title_justify="left")
+        title = layout.title(group[0])
+        table = Table(title=title, title_justify="left", min_width=len(title))
         for i, head in enumerate(layout.columns):
             table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
         for r in group:

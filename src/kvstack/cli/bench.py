@@ -172,13 +172,13 @@ def generate(
         rows = generating.measure(generating.random_model(shape, device), recipe or generating.RECIPES, context, steps, batch, bar)
     table = Table(title=f"{shape}, random weights, {context:,} tokens a row, {torch.cuda.get_device_name()}", title_justify="left")
     for i, head in enumerate(("recipe", "rows", "ms a step", "tokens/s", "x the first", "cache GB", "peak GB")):
-        table.add_column(head, justify="right" if i else "left")
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for r in rows:
         speed = r["tokens_per_s"]
         numbers = f"{r['ms']:.2f}", f"{speed:,.0f}", f"{speed / rows[0]['tokens_per_s']:.2f}"
         table.add_row(r["recipe"], str(r["batch"]), *numbers, *(f"{r[key] / 1e9:.1f}" for key in ("cache_bytes", "peak_bytes")))
     console = Console()
-    console.print(table)
+    _print_wide(console, table)
     if json_out:
         write_results(json_out, shlex.join(["kvstack", *sys.argv[1:]]), rows)
         console.print(f"wrote {json_out}", soft_wrap=True, highlight=False)
@@ -212,9 +212,7 @@ def show(rows: list[Row], title: str, json_out: Path | None, plot: Path | None, 
     console = Console()
     console.print(title, highlight=False)
     for table in report.tables(rows, layout):
-        # A table that is cut in a pipe or a narrow window helps nobody: let it be as wide as it is.
-        width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-        Console(width=max(width, console.width)).print(table)
+        _print_wide(console, table)
     for line in report.left_out(rows):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_out:
@@ -223,3 +221,9 @@ def show(rows: list[Row], title: str, json_out: Path | None, plot: Path | None, 
         report.write_plot(rows, title, plot)
     for path in filter(None, (json_out, plot)):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def _print_wide(console: Console, table: Table) -> None:
+    """Print a table as wide as it is: one that is cut in a pipe or a narrow window helps nobody."""
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(width, console.width)).print(table)

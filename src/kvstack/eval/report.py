@@ -128,10 +128,17 @@ def markdown(files: Sequence[Path]) -> str:
 
 
 def _legend(row: dict[str, Any]) -> str:
-    """What a table's brackets mean where they are no intervals."""
-    if "of_copy" in row and "n" in row:
-        return "In brackets: bytes read and written over the time, in units of a device copy's bandwidth.\n\n"
-    return "In brackets: how many times as fast as the fastest peer in bf16.\n\n" if "vs_bf16" in row else ""
+    """What the columns of a benchmark are, and its brackets, which are no intervals."""
+    if "vs_bf16" in row:
+        what = "new tokens x tokens of the past" if "T" in row else "rows x tokens"
+        return f"Columns: {what}. In brackets: how many times as fast as the fastest peer in bf16.\n\n"
+    if "of_copy" in row:
+        return (
+            "Columns: rows x new tokens. In brackets: bytes read and written over the time, in units of a device copy's bandwidth.\n\n"
+        )
+    if "N" in row and "error" in row:
+        return "Columns: tokens of a row. RMS of the error over RMS of the output, against float64 on the same codes.\n\n"
+    return ""
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from kvstack.codecs.base import Codec
 from kvstack.kernels import encode_step
 from kvstack.kernels.pages import PAGE, Pages
-from kvstack.kernels.quantise import bfloat16, high_bit, low_bits, nibbles, numbers, order, plane, put_rows, split4, split8, tables
+from kvstack.kernels.quantise import bfloat16, e4m3, high_bit, low_bits, nibbles, order, plane, put_rows, split4, split8, tables
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _side(
             y -= tl.load(shift + column)[None, :]
         page = pool + tl.load(table + tile // 128).to(tl.int64) * (H * PAGE_BYTES)
         if BOOK.bits == 8:
-            words, scale = numbers(y, FRAGMENT, TILE, D)
+            words, scale = e4m3(y, FRAGMENT, TILE, D)
         else:
             words, scale = nibbles(y, BOOK, TRANSPOSE, FRAGMENT, TILE, D)
         place = tile % 128 + tl.arange(0, TILE)

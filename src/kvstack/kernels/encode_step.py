@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvstack.codecs.base import Codec
 from kvstack.kernels.pages import Pages
-from kvstack.kernels.quantise import bfloat16, high_bit, low_bits, nibbles, numbers, order, put_rows, tables
+from kvstack.kernels.quantise import bfloat16, e4m3, high_bit, low_bits, nibbles, order, put_rows, tables
 
 TOKENS = 8  # of a row, at most: more are better off with tiles of their own
 PAIRS = 16  # the fewest rows of a product
@@ -89,7 +89,7 @@ def _side(
         if BOOK.centred:
             y -= tl.load(shift + h[:, None] * D + column[None, :])
         if BOOK.bits == 8:
-            words, scale = numbers(y, "mma", PAIRS, D)
+            words, scale = e4m3(y, "mma", PAIRS, D)
         else:
             words, scale = nibbles(y, BOOK, TRANSPOSE, "mma", PAIRS, D)
         place = (start + i) % 128

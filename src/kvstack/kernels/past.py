@@ -1,6 +1,6 @@
 """Attention of a chunk of new queries over a past in pages, which lies before them all.
 
-On Hopper one kernel does it all (`prefill_hopper`). Elsewhere there are three:
+On Hopper `prefill_hopper` does it all. Elsewhere there are three launches:
 
     project   rotate the queries, once                                            `rotate`
     attend    every query over all tokens of its row, page by page                `prefill`
@@ -51,9 +51,9 @@ def attend_past(q: Tensor, body: Body, shape: Shape, path: Path | None = None, d
         part, lse = _merged(part, lse)
         return Partial(part.to(dtype).reshape(q.shape), lse.reshape(b, hq, t))
     rotated, bias = project(q, body.signs[0], body.key.centre, factor, heads)  # [B * H, R, D], [B * H, R]
-    part = torch.empty(segments, e, rows, d, device=q.device)
-    prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse, shape.softcap)
-    part, lse = _merged(part, lse * math.log(2))
+    part, lse2 = torch.empty(segments, e, rows, d, device=q.device), lse
+    prefill.prefill_pages(rotated, bias, body.pages, *body.levels, part, lse2, shape.softcap)
+    part, lse = _merged(part, lse2 * math.log(2))
     out = torch.empty(b, hq, t, d, dtype=dtype, device=q.device)
     # One partial is left for every head of every row, in the order of a single program that takes all pages in turn.
     merge_partials(out, (part, lse * LOG2_E), None, body.cum, 1, body.signs[1], body.value.centre, None, heads)

@@ -196,8 +196,8 @@ def _operand(words, D: gl.constexpr):
 
 @gluon.jit
 def _hadamard(x, BITS: gl.constexpr):
-    """`x [64, 2 ** BITS]`, an accumulator, times the Sylvester-Hadamard matrix, not normalised. A step for every bit of the column: the
-    lowest and the highest ones are of registers, two of lanes."""
+    """`x [64, 2 ** BITS]`, an accumulator, times the Sylvester-Hadamard matrix, not normalised, without shared memory, of which there
+    is none left. A step for every bit of the column: the lowest and the highest ones are of registers, two of lanes."""
     D: gl.constexpr = x.shape[1]
     L: gl.constexpr = x.type.layout
     x = x.reshape((64, D // 8, 4, 2))

@@ -154,7 +154,7 @@ def _top(word, x):
 
 
 @triton.jit
-def numbers(y, FRAGMENT: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+def e4m3(y, FRAGMENT: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
     """Words `[T, D / 32, 2 (h), 4 (t)]` of four E4M3 numbers of `y [T, D]`, and the scale of every vector `[T]`."""
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), 1), 448.0), 1.1754943508222875e-38)  # the least normal number
     scale = (bfloat16(scale).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
