@@ -19,7 +19,7 @@ from typing import Any
 from kvstack.environment import write_results
 
 PARTS = 12
-OPTIONS = {"memcheck": (), "racecheck": ("--racecheck-report", "all", "--print-limit", "10000")}
+OPTIONS = {"memcheck": (), "racecheck": ("--racecheck-report", "hazard", "--print-limit", "10000")}
 
 
 def parsed(log: str) -> tuple[int, dict[str, int]]:
