@@ -425,17 +425,22 @@ def prefill_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
     v_free = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
-    verdict = gl.allocate_shared_memory(gl.int64, [1], BAR)
     for i in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_free.index(i), count=CONSUMERS)
     for i in gl.static_range(V_STAGES):
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_free.index(i), count=CONSUMERS)
-    mbarrier.init(verdict, count=CONSUMERS)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    # Only those that are used. The memory of others is given to something else, and when the hardware switches from one process to
+    # another it writes a barrier back to where it was.
+    verdict = k_full.index(0)
+    turns = k_full
+    if FAST:
+        verdict = gl.allocate_shared_memory(gl.int64, [1], BAR)
+        turns = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+        mbarrier.init(verdict, count=CONSUMERS)
+        mbarrier.init(turns.index(0), count=1)
+        mbarrier.init(turns.index(1), count=1)
     q += b * stride_b + h.to(gl.int64) * (rows // T) * stride_h
     to = segment * gl.num_programs(2) + gl.program_id(2)
     flags += (to * gl.num_programs(0) + gl.program_id(0)) * CONSUMERS
@@ -503,10 +508,12 @@ def configuration(f: Format) -> dict[str, Any]:
     """What suits a format.
 
     N: tokens of a product. K_STAGES, V_STAGES: pages in shared memory. CONSUMERS: groups of 64 query rows. CONSUMER, PRODUCER:
-    registers of their threads. FAST: whether to try without maxima first, which needs the registers of smaller heads.
+    registers of the threads of the second one, if there is one, and of the group that unpacks. FAST: whether to try without maxima
+    first, which needs the registers of smaller heads.
     """
     if f.head_dim == 256:
-        return dict(FAST=False, N=64, K_STAGES=1, V_STAGES=1, CONSUMERS=2 if f.k + f.v <= 8 else 1, CONSUMER=208, PRODUCER=88)
+        groups = dict(CONSUMERS=2, CONSUMER=208, PRODUCER=88) if f.k + f.v <= 8 else dict(CONSUMERS=1, CONSUMER=0, PRODUCER=232)
+        return dict(FAST=False, N=64, K_STAGES=1, V_STAGES=1, **groups)
     registers = dict(CONSUMER=208, PRODUCER=88) if 3 in (f.k, f.v) else dict(CONSUMER=216, PRODUCER=72)
     return dict(FAST=True, N=128, K_STAGES=2, V_STAGES=3 if f.k + f.v <= 8 else 2, CONSUMERS=2, **registers)
 
