@@ -266,7 +266,7 @@ KERNELS = {
 
 def resources(kernel: Any, loop: bool = False) -> dict[str, int | str]:
     """What a compiled kernel takes. loop: look at its innermost loop, too."""
-    assert not (lone := lone_barriers(kernel.asm["ttgir"])), f"nobody waits for the barriers {lone}, and others get their memory"
+    assert not (lone := lone_barriers(kernel.asm["ttgir"])), f"others get the memory of the barriers {lone}"
     if "cubin" in kernel.asm:
         text = _of_cubin(kernel, knobs.nvidia.cuobjdump.path, "-res-usage")
         registers, (stack, local) = _number(r"REG:(\d+)", text), (_number(rf"{x}:(\d+)", text) for x in ("STACK", "LOCAL"))
@@ -280,11 +280,12 @@ def resources(kernel: Any, loop: bool = False) -> dict[str, int | str]:
 
 
 def lone_barriers(ttgir: str) -> set[str]:
-    """Barriers in shared memory that are not handed to groups of warps. The compiler gives their memory to others, without an end to
-    the barrier, and the hardware writes it back there when it switches from one process to another."""
+    """Barriers in shared memory that are neither ended nor handed to groups of warps. The compiler gives their memory to others, and
+    the hardware writes them back there when it switches from one process to another."""
     of = dict(re.findall(r"(%\w+) = ttg\.memdesc_index (%\w+)\[", ttgir))
     handed = re.findall(r"%\w+", "".join(re.findall(r"ttg\.warp_specialize\(([^)]*)\)", ttgir)))
-    return {of.get(x, x) for x in re.findall(r"ttng\.init_barrier (%\w+)", ttgir)} - {of.get(x, x) for x in handed}
+    made, ended = (re.findall(rf"ttng\.{what}_barrier (%\w+)", ttgir) for what in ("init", "inval"))
+    return {of.get(x, x) for x in made} - {of.get(x, x) for x in (*handed, *ended)}
 
 
 def innermost(sass: str) -> dict[str, int | str]:
