@@ -75,4 +75,4 @@ def test_options(name: str) -> None:
 def test_words_of_recipes() -> None:
     assert {word: parameters(row.build) for word, row in WORDS.items()} == WORDS_AND_FIELDS
     assert set(PRESETS) == {"balanced", "max_quality", "max_context"}
-    assert str(Recipe.parse("balanced")) == "polar4(codebook=e4m3, window=128, sinks=4)"
+    assert str(Recipe.parse("balanced")) == "polar4(window=128, sinks=4)"

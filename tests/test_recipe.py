@@ -101,8 +101,8 @@ def test_presets_are_functions_and_words() -> None:
     for name in PRESETS:
         assert getattr(presets, name)() == Recipe.parse(name) == Recipe.parse(PRESETS[name])
         assert Recipe.parse(name).window == 128 and Recipe.parse(name).sinks == 4
-    assert presets.balanced() == Recipe(Polar(codebook="e4m3"), 128, 4)
-    assert Recipe.parse("balanced(window=7)") == Recipe(Polar(codebook="e4m3"), 7, 4)
+    assert presets.balanced() == Recipe(Polar(), 128, 4)
+    assert Recipe.parse("balanced(window=7)") == Recipe(Polar(), 7, 4)
 
 
 # The mistake, the text under the carets (its last occurrence; empty: the end), and what the message must contain.

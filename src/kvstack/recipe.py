@@ -55,9 +55,9 @@ WORDS: dict[str, Word] = {
 
 # Whole recipes with a name. They stand alone and take `window` and `sinks`.
 PRESETS: dict[str, str] = {
-    "balanced": "polar4(codebook=e4m3, window=128, sinks=4)",
+    "balanced": "polar4(window=128, sinks=4)",
     "max_quality": "polar5(search=on, window=128, sinks=4)",
-    "max_context": "k4v2(codebook=e4m3, window=128, sinks=4)",
+    "max_context": "k4v2(window=128, sinks=4)",
 }
 
 # Fields of the recipe itself that are given as arguments of a term of the axis.

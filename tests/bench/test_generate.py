@@ -15,7 +15,7 @@ from kvstack.recipe import Recipe
 
 torch.set_num_threads(1)
 LAYERS, H, D = 2, 2, 128
-POLAR = "k4v2(codebook=e4m3, window=16, sinks=4)"
+POLAR = "k4v2(window=16, sinks=4)"
 
 
 def model() -> Any:

@@ -17,8 +17,8 @@ torch.set_num_threads(1)
 H, G, D = 2, 2, 64
 SHAPE = Shape(D**-0.5)
 RECIPES = [
-    "polar4",
-    "polar4(codebook=e4m3, window=5, sinks=2)",
+    "polar4(codebook=exact)",
+    "polar4(window=5, sinks=2)",
     "k4v2(window=16)",
     "polar2(sinks=3, scale=unbiased)",
     "fp8(window=7, sinks=1)",
@@ -107,9 +107,9 @@ def test_rows_that_were_the_same_part_ways() -> None:
 
 def test_state_goes_from_either_kind_to_either() -> None:
     torch.manual_seed(0)
-    pair = stores("polar4(codebook=e4m3)", 2)
+    pair = stores("polar4", 2)
     both(pair, 200, valid=torch.arange(200) >= torch.tensor([[0], [60]]))
-    fresh = stores("polar4(codebook=e4m3)", 2)
+    fresh = stores("polar4", 2)
     for source, target in zip(pair, reversed(fresh), strict=True):
         target.body.load_state(source.body.state())
     same((fresh[0], pair[1]))

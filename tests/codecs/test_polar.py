@@ -1,5 +1,7 @@
 """PolarQuant against theory: distortion, scale rules, search, centring, and the vectors that a rotation cannot make Gaussian."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from kvstack.codecs.rotation import rotation
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
+Theory = partial(Polar, codebook="exact")  # what theory is about
 N = 8192
 BITS = [1, 2, 3, 4, 5]
 
@@ -49,7 +52,7 @@ def slope_and_variance(x: Tensor, x_hat: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("bits", BITS)
 def test_distortion_is_theory(bits: int, head_dim: int) -> None:
     x = gaussian(2, 1, N, head_dim)
-    found = distortion(x, coded(x, Polar(bits, scale="plain")))
+    found = distortion(x, coded(x, Theory(bits, scale="plain")))
     assert found == pytest.approx(lloyd_max(bits, head_dim).distortion, rel=0.01)
     if head_dim == 128:
         assert found == pytest.approx(PLAIN[bits], rel=0.01)
@@ -58,7 +61,7 @@ def test_distortion_is_theory(bits: int, head_dim: int) -> None:
 @pytest.mark.parametrize("bits", MATCHED)
 def test_matched_keeps_the_norm(bits: int) -> None:
     x = gaussian(2, 1, N, 128)
-    x_hat = coded(x, Polar(bits))
+    x_hat = coded(x, Theory(bits))
     assert torch.allclose(x_hat.norm(dim=-1), x.norm(dim=-1), rtol=2**-8)
     assert distortion(x, x_hat) == pytest.approx(MATCHED[bits], rel=0.01)
 
@@ -66,7 +69,7 @@ def test_matched_keeps_the_norm(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_unbiased_is_unbiased(bits: int) -> None:
     x = gaussian(1, 1, N, 128)
-    x_hat = coded(x, Polar(bits, scale="unbiased"))
+    x_hat = coded(x, Theory(bits, scale="unbiased"))
     assert torch.allclose((x * x_hat).sum(-1), x.square().sum(-1), rtol=2**-8)  # of every single vector, up to bfloat16
     slope, variance = slope_and_variance(x, x_hat)
     assert slope == pytest.approx(1, abs=0.002)
@@ -77,7 +80,7 @@ def test_unbiased_is_unbiased(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_plain_shrinks(bits: int) -> None:
     x = gaussian(1, 1, N, 128)
-    slope, _ = slope_and_variance(x, coded(x, Polar(bits, scale="plain")))
+    slope, _ = slope_and_variance(x, coded(x, Theory(bits, scale="plain")))
     assert slope == pytest.approx(1 - lloyd_max(bits, 128).distortion, abs=0.002)
 
 
@@ -96,11 +99,14 @@ def test_search_pays(scale: str, codebook: str) -> None:
 
 
 @pytest.mark.parametrize("scale", ["matched", "plain", "unbiased"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_e4m3_costs_about_a_percent(bits: int, scale: str) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_the_default_codebook_costs_a_percent_and_fits_a_tensor_core(bits: int, scale: str) -> None:
     x = gaussian(1, 1, N, 128)
-    exact, e4m3 = (distortion(x, coded(x, Polar(bits, scale=scale, codebook=c))) for c in ("exact", "e4m3"))
-    assert e4m3 < 1.012 * exact
+    exact, default = (distortion(x, coded(x, p)) for p in (Theory(bits, scale=scale), Polar(bits, scale=scale)))
+    assert default < 1.012 * exact
+    codec = Polar(bits).build("key", Context(128, 1, torch.float32, CPU))
+    assert isinstance(codec, PolarCodec)
+    assert torch.equal(codec.levels.to(torch.float8_e4m3fn).float(), codec.levels) == (bits <= 4)
 
 
 # What a rotation makes of these is not Gaussian. At powers of two a one-hot vector becomes coordinates of one magnitude, which all
@@ -118,7 +124,7 @@ STRUCTURED = {
 @pytest.mark.parametrize("kind", STRUCTURED)
 def test_spikes(kind: str, bits: int, head_dim: int) -> None:
     x = STRUCTURED[kind](head_dim)[None, None]
-    found = distortion(x, coded(x, Polar(bits)))
+    found = distortion(x, coded(x, Theory(bits)))
     exact = kind == "one-hot" and head_dim not in (80, 96)
     assert found < (0.01 if exact else 1.0) * lloyd_max(bits, head_dim).distortion
 
@@ -127,7 +133,7 @@ def test_spikes(kind: str, bits: int, head_dim: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_constant_vectors(bits: int, head_dim: int) -> None:
     x = torch.ones(1, 1, 1, head_dim)
-    found = sum(distortion(x, coded(x, Polar(bits, seed=s))) for s in range(20)) / 20
+    found = sum(distortion(x, coded(x, Theory(bits, seed=s))) for s in range(20)) / 20
     assert found < 1.3 * lloyd_max(bits, head_dim).distortion
 
 
@@ -135,7 +141,7 @@ def test_constant_vectors(bits: int, head_dim: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_hadamard_rows(bits: int, head_dim: int) -> None:
     x = rotation(head_dim, None, CPU)[None, None]
-    found = sum(distortion(x, coded(x, Polar(bits, seed=s))) for s in range(20)) / 20
+    found = sum(distortion(x, coded(x, Theory(bits, seed=s))) for s in range(20)) / 20
     assert found < 1.2 * lloyd_max(bits, head_dim).distortion
 
 
@@ -150,7 +156,7 @@ def test_signs_matter() -> None:
 def test_tiny_and_huge_norms(bits: int, norm: float) -> None:
     x = gaussian(2, 1, 2048, 128)
     x = x / x.norm(dim=-1, keepdim=True) * norm
-    assert distortion(x, coded(x, Polar(bits, scale="plain"))) == pytest.approx(PLAIN[bits], rel=0.012)
+    assert distortion(x, coded(x, Theory(bits, scale="plain"))) == pytest.approx(PLAIN[bits], rel=0.012)
 
 
 def test_centre_is_subtracted_and_added_per_head() -> None:

@@ -12,8 +12,8 @@ from kvstack.hf.generate import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 RECIPES = [
-    "exact", "fp8(window=8, sinks=1)", "polar4(codebook=e4m3)", "polar4(codebook=e4m3, window=16, sinks=4)", "polar3(window=16)",
-    "k4v2(codebook=e4m3, window=5, scale=unbiased)", "int4(window=8)",
+    "exact", "fp8(window=8, sinks=1)", "polar4", "polar4(window=16, sinks=4)", "polar3(codebook=exact, window=16)",
+    "k4v2(window=5, scale=unbiased)", "int4(window=8)",
 ]  # fmt: skip
 
 

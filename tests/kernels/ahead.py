@@ -137,7 +137,7 @@ def hopper_kernel(k: int, v: int, head_dim: int, rows: int = 4) -> Kernel:
 def encode_hopper_kernel(k: int, v: int, head_dim: int) -> Kernel:
     """`encode_hopper.encode_kernel` for `k` and `v` bits of E4M3 codebooks, as `encode_hopper.launch` launches it."""
     f = Format(head_dim, k, v)
-    key, value = (cells(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits, codebook="e4m3"))[0] for bits in (k, v))
+    key, value = (cells(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits))[0] for bits in (k, v))
     return Kernel(
         encode_hopper.encode_kernel,
         {
@@ -154,7 +154,7 @@ def encode_hopper_kernel(k: int, v: int, head_dim: int) -> Kernel:
 
 def constants(bits: int, head_dim: int) -> Book:
     """What is compiled in of a codec."""
-    return Book(8) if bits == 8 else book(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits, codebook="e4m3"))
+    return Book(8) if bits == 8 else book(PolarCodec(rotation(head_dim, 0, torch.device("cpu")), bits))
 
 
 ENCODE = {

@@ -27,7 +27,7 @@ def codec(bits: int, d: int, centre: bool) -> Codec:
     if bits == 8:
         return Fp8Codec(d)
     mean = torch.randn(H, d, device="cuda") if centre else None
-    return PolarCodec(rotation(d, 0, torch.device("cuda")), bits, codebook="e4m3", centre=mean)
+    return PolarCodec(rotation(d, 0, torch.device("cuda")), bits, centre=mean)
 
 
 def body(lengths: tuple[int, ...], d: int, k: int, v: int, centre: bool = False) -> Body:

@@ -25,8 +25,7 @@ H, G, T = 2, 2, 11
 def body(k: int, v: int, d: int) -> Body:
     """Random codes, with centres: every launch has something to do."""
     key, value = (
-        PolarCodec(rotation(d, seed, DEVICE), bits, codebook="e4m3", centre=torch.randn(H, d, device=DEVICE))
-        for seed, bits in ((0, k), (1, v))
+        PolarCodec(rotation(d, seed, DEVICE), bits, centre=torch.randn(H, d, device=DEVICE)) for seed, bits in ((0, k), (1, v))
     )
     return Body.of(own.random_pages(Format(d, k, v), Problem(LENGTHS, G * H, H, d), DEVICE), key, value)
 
@@ -53,7 +52,7 @@ def test_logits_of_any_size(size: float) -> None:
     with the two largest sizes to do all pages again. Numbers are such that float16 holds them exactly."""
     torch.manual_seed(0)
     lengths, d = (700, 40, 300), 128
-    key, value = (PolarCodec(rotation(d, seed, DEVICE), 4, codebook="e4m3") for seed in (0, 1))
+    key, value = (PolarCodec(rotation(d, seed, DEVICE), 4) for seed in (0, 1))
     assert key.transform is not None
     b = Body.of(own.random_pages(Format(d, 4, 4), Problem(lengths, G * H, H, d), DEVICE), key, value)
     scales = b.pages.pool[..., b.pages.format.scale_offset :].view(torch.bfloat16).unflatten(-1, (PAGE, 2))

@@ -100,7 +100,7 @@ def test_query_rows(rows: int, softcap: float | None) -> None:
 def test_splits(splits: int) -> None:
     c = case(Format(64, 4, 2), 16, (700, 0, 129, 128))
     check(c, splits)
-    assert error(run(c, splits)[0], run(c)[0]) < 1e-4
+    assert error(run(c, splits)[0], run(c)[0]) < 2e-4
 
 
 def test_only_11_bits_of_queries_weights_and_products_with_scales() -> None:

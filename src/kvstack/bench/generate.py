@@ -20,7 +20,7 @@ from kvstack.hf.static import StaticCache
 from kvstack.recipe import Recipe
 
 Row = dict[str, Any]
-RECIPES = ("bf16", "fp8", "polar4(codebook=e4m3, window=128, sinks=4)", "k4v2(codebook=e4m3, window=128, sinks=4)")
+RECIPES = ("bf16", "fp8", "polar4(window=128, sinks=4)", "k4v2(window=128, sinks=4)")
 PROMPT = 16  # tokens that are read for real, to make the stores
 SPARE = 3 << 30  # bytes left to activations and logits
 

@@ -75,7 +75,7 @@ def codec(bits: int, head_dim: int, device: torch.device, search: bool = False) 
     """The codec of K or V with these bits that is the fastest to read."""
     if bits == 16:
         return ExactCodec(head_dim, torch.bfloat16)
-    return Fp8Codec(head_dim) if bits == 8 else PolarCodec(rotation(head_dim, 0, device), bits, codebook="e4m3", search=search)
+    return Fp8Codec(head_dim) if bits == 8 else PolarCodec(rotation(head_dim, 0, device), bits, search=search)
 
 
 def random_pages(f: Format, problem: Problem, device: torch.device) -> Pages:

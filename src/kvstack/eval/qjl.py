@@ -7,7 +7,8 @@
 
 Each function returns rows for a results file: plain dicts with the key `part`, and for a measured mean `name` also `name_low` and
 `name_high`, its 95 % interval over seeds or sequences. A *family* is one codec at every number of bits. Keys are unit vectors
-`x [1, 1, N, D]`, queries are `q [1, 1, Q, D]`. `tables` and `figure` show rows; writing files is the business of the command.
+`x [1, 1, N, D]`, queries are `q [1, 1, Q, D]`. Codebooks are exact, as in the theory. `tables` and `figure` show rows; writing files is
+the business of the command.
 """
 
 import math
@@ -34,9 +35,9 @@ D = 128
 BITS = (2, 3, 4)
 BASE = "polar, unbiased"  # what `bits_lost` counts from
 FAMILIES: dict[str, Callable[[int], Polar | TurboQuant]] = {
-    "polar, plain": lambda b: Polar(b, b, "plain"),
-    "polar": lambda b: Polar(b, b),
-    "polar, unbiased": lambda b: Polar(b, b, "unbiased"),
+    "polar, plain": lambda b: Polar(b, b, "plain", "exact"),
+    "polar": lambda b: Polar(b, b, codebook="exact"),
+    "polar, unbiased": lambda b: Polar(b, b, "unbiased", "exact"),
     "turboquant, orthogonal": lambda b: TurboQuant(b, "orthogonal"),
     "turboquant": lambda b: TurboQuant(b),
 }
@@ -51,7 +52,7 @@ class SketchOfKeys(TurboQuant):
 
     def build(self, side: Side, ctx: Context) -> Codec:
         """See `Precision.build`."""
-        return super().build(side, ctx) if side == "key" else Polar(self.bits, self.bits).build(side, ctx)
+        return super().build(side, ctx) if side == "key" else Polar(self.bits, self.bits, codebook="exact").build(side, ctx)
 
 
 class _SketchOfKeysRecipe(Recipe):
@@ -63,8 +64,8 @@ class _SketchOfKeysRecipe(Recipe):
 
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
-    "polar": lambda b: Recipe(Polar(b, b)),
-    "polar, unbiased": lambda b: Recipe(Polar(b, b, "unbiased")),
+    "polar": lambda b: Recipe(Polar(b, b, codebook="exact")),
+    "polar, unbiased": lambda b: Recipe(Polar(b, b, "unbiased", "exact")),
     "turboquant, orthogonal, K only": lambda b: _SketchOfKeysRecipe(SketchOfKeys(b, "orthogonal")),
     "turboquant": lambda b: Recipe(TurboQuant(b)),
 }

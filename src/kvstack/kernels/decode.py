@@ -119,7 +119,7 @@ def choose(device: torch.device, *codecs: Codec) -> Path:
             return Path("reference", "only the kernel for Hopper GPUs (sm_90) reads pages of 16 bits")
         return Path("portable", f"{torch.cuda.get_device_name(device)} is no Hopper GPU (sm_90)")
     if any(isinstance(c, PolarCodec) and not torch.equal(c.levels.to(torch.float8_e4m3fn).float(), c.levels) for c in codecs):
-        return Path("portable", "the codebook is not of E4M3 numbers; `polar(codebook=e4m3)` is faster")
+        return Path("portable", "the codebook is not of E4M3 numbers; without `codebook=exact` it is faster")
     return Path("hopper", "Hopper GPU, and numbers that its tensor cores take")
 
 
