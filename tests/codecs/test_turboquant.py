@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstack.codecs import Context, Polar, Precision, TurboQuant
+from kvstack.codecs import Context, Polar, Precision, TurboQuant, TurboQuant4bitNC
 from kvstack.codecs.lloyd import lloyd_max
+from kvstack.codecs.polar import PolarCodec
+from kvstack.codecs.turboquant import TurboQuantCodec
 
 torch.set_num_threads(1)
 
@@ -58,6 +60,15 @@ def test_equal_bits_and_one_more_scalar(bits: int) -> None:
     context = Context(D, 1, torch.float32, CPU)
     for side in ("key", "value"):
         assert TurboQuant(bits).build(side, context).bytes_per_token == Polar(bits, bits).build(side, context).bytes_per_token + 2
+
+
+def test_peers_have_the_codebook_of_their_papers() -> None:
+    context = Context(D, 1, torch.float32, CPU)
+    with_sketch = TurboQuant(4).build("key", context)
+    assert isinstance(with_sketch, TurboQuantCodec)
+    for codec, bits in ((with_sketch.first, 3), (TurboQuant4bitNC().build("key", context), 4)):
+        assert isinstance(codec, PolarCodec)
+        assert codec.levels.tolist() == pytest.approx(lloyd_max(bits, D).levels)
 
 
 def test_layers_and_sides_share_one_transform() -> None:

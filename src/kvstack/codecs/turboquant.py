@@ -49,7 +49,7 @@ class TurboQuantCodec(Codec):
     """`bits - 1` bits of PolarQuant and a 1-bit sketch of the residual."""
 
     def __init__(self, head_dim: int, bits: int, sketch: Sketch, seed: int, device: torch.device) -> None:
-        self.first = PolarCodec(rotation(head_dim, seed, device), bits - 1, "plain")
+        self.first = PolarCodec(rotation(head_dim, seed, device), bits - 1, "plain", "exact")
         self.sketch, self.transform = _sketch(sketch, head_dim, seed, device)
         signs = Field("signs", torch.uint8, (packed_size(head_dim, 1),))
         self.fields = (*self.first.fields, signs, Field("norm", torch.bfloat16))

@@ -22,5 +22,5 @@ class TurboQuant4bitNC(Precision):
     def build(self, side: Side, ctx: Context) -> Codec:
         """See `Precision.build`. Raises RecipeError when the head size is no multiple of 8."""
         if side == "key":
-            return PolarCodec(rotation(ctx.head_dim, None, ctx.device), 4)
+            return PolarCodec(rotation(ctx.head_dim, None, ctx.device), 4, codebook="exact")
         return MinMaxCodec(ctx.head_dim, 4)
