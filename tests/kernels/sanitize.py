@@ -2,8 +2,9 @@
 
     {tool, part, reports, kernels, wrong}
 
-`every.py` runs in parts, side by side. reports: that the tool counted. kernels: how many are about which. wrong: what `every.py` says
-of results that are wrong under the tool, None if they are right. With a FILE, rows are written there; without, they are printed.
+`every.py` runs in parts, side by side. reports: that the tool counted. kernels: how many are about which kernel and line; what Triton
+adds has the line of the kernel's `def` or of its call of `warp_specialize`. wrong: what `every.py` says of results that are wrong under
+the tool, None if they are right. With a FILE, rows are written there; without, they are printed.
 """
 
 import json
@@ -23,13 +24,13 @@ OPTIONS = {"memcheck": (), "racecheck": ("--racecheck-report", "hazard", "--prin
 
 
 def parsed(log: str) -> tuple[int, dict[str, int]]:
-    """The number of reports in what the tool printed, and of which kernels. Raises ValueError when it did not come to its end."""
+    """The number of reports in what the tool printed, and of which lines. Raises ValueError when it did not come to its end."""
     summary = re.search(r"SUMMARY: (\d+) (?:errors?|hazards? displayed)", log)
     if summary is None:
         raise ValueError(f"the tool did not come to its end:\n{log[-2000:]}")
     # Of a hazard two accesses are told; the first one stands for it.
-    told = re.findall(r"(?:hazard detected|Invalid|Misaligned).*\n=+ +(?:\w+ Thread \([\d,]+\) )?at (\w+)\+0x", log)
-    return int(summary[1]), dict(Counter(told))
+    told = re.findall(r"(?:hazard detected|Invalid|Misaligned).*\n=+ +(?:\w+ Thread \([\d,]+\) )?at (\w+)\+0x\w+(?: in (\S+))?", log)
+    return int(summary[1]), dict(Counter(" ".join(at).strip() for at in told))
 
 
 def run(tool: str, part: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ INVALID = """========= Invalid __global__ read of size 4 bytes
 
 def test_reports_are_counted_by_kernel() -> None:
     end = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
-    assert parsed("encode 4 {}\n" + HAZARD + HAZARD + end) == (2, {"prefill_kernel": 2})
-    assert parsed(INVALID + "========= ERROR SUMMARY: 1 error\n") == (1, {"step_kernel": 1})
+    assert parsed("encode 4 {}\n" + HAZARD + HAZARD + end) == (2, {"prefill_kernel prefill_hopper.py:399": 2})
+    assert parsed(INVALID + "========= ERROR SUMMARY: 1 error\n") == (1, {"step_kernel encode_step.py:60": 1})
     assert parsed("========= ERROR SUMMARY: 0 errors\n") == (0, {})
 
 
