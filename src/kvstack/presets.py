@@ -7,7 +7,7 @@ from kvstack.recipe import Recipe
 
 
 def balanced() -> Recipe:
-    """Four bits for keys and values, in levels that Hopper's tensor cores take; the recent window and the first tokens exact."""
+    """Four bits for keys and values; the recent window and the first tokens exact."""
     return Recipe.parse("balanced")
 
 

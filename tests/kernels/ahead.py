@@ -266,7 +266,7 @@ KERNELS = {
 
 def resources(kernel: Any, loop: bool = False) -> dict[str, int | str]:
     """What a compiled kernel takes. loop: look at its innermost loop, too."""
-    assert not (lone := lone_barriers(kernel.asm["ttgir"])), f"others get the memory of the barriers {lone}"
+    assert not (lone := lone_barriers(kernel.asm["ttgir"], kernel.asm.get("ptx", ""))), f"others get the memory of the barriers {lone}"
     if "cubin" in kernel.asm:
         text = _of_cubin(kernel, knobs.nvidia.cuobjdump.path, "-res-usage")
         registers, (stack, local) = _number(r"REG:(\d+)", text), (_number(rf"{x}:(\d+)", text) for x in ("STACK", "LOCAL"))
@@ -279,12 +279,13 @@ def resources(kernel: Any, loop: bool = False) -> dict[str, int | str]:
     return {**found, **innermost(_of_cubin(kernel, knobs.nvidia.nvdisasm.path, "-c"))} if loop else found
 
 
-def lone_barriers(ttgir: str) -> set[str]:
+def lone_barriers(ttgir: str, ptx: str) -> set[str]:
     """Barriers in shared memory that are neither ended nor handed to groups of warps. The compiler gives their memory to others, and
     the hardware writes them back there when it switches from one process to another."""
     of = dict(re.findall(r"(%\w+) = ttg\.memdesc_index (%\w+)\[", ttgir))
     handed = re.findall(r"%\w+", "".join(re.findall(r"ttg\.warp_specialize\(([^)]*)\)", ttgir)))
     made, ended = (re.findall(rf"ttng\.{what}_barrier (%\w+)", ttgir) for what in ("init", "inval"))
+    assert len(made) == ptx.count("mbarrier.init"), "barriers are written in another way; look for them anew"
     return {of.get(x, x) for x in made} - {of.get(x, x) for x in (*handed, *ended)}
 
 
