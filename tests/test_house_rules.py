@@ -14,10 +14,10 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Lowest first. A room (a module or a package right under kvstack) imports only from itself and from floors below its own.
 FLOORS = [
     {"errors"},
-    {"artefact", "fingerprint", "grammar"},
-    {"environment", "codecs", "profile"},
-    {"recipe", "kernels", "calibrate"},
-    {"presets", "cache"},
+    {"artefact", "checks", "fingerprint", "grammar", "rope"},
+    {"environment", "codecs", "scorers"},
+    {"allocators", "recipe", "kernels", "profile"},
+    {"presets", "cache", "calibrate"},
     {"hf"},
     {"lab"},
     {"eval", "bench"},

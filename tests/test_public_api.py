@@ -18,22 +18,28 @@ SIGNATURES = {
         "profile", "graph",
     ],
     "Cache": ["model", "recipe", "profile", "prefill"],
-    "Profile": ["key_centre", "value_centre", "fingerprint", "source", "tokens"],
-    "Recipe": ["precision", "window", "sinks"],
+    "Profile": [
+        "key_centre", "value_centre", "query_mean_real", "query_mean_imag", "query_norm", "rope_frequency", "fingerprint", "source",
+        "tokens", "query_covariance", "forecast_hidden", "forecast_hidden_bias", "forecast_out", "forecast_out_bias", "forecast_fit",
+    ],
+    "Recipe": ["precision", "window", "sinks", "selection"],
 }  # fmt: skip
 CACHE = {"bf16_nbytes", "load", "model", "nbytes", "ratio", "report", "reset", "save"}
 OPTIONS = {
     "demo": ["out"],
     "run": ["model", "prompt", "recipe", "max_new_tokens", "temperature", "profile", "save_cache", "as_json"],
     "compare": [
-        "model", "recipes", "tasks", "length", "text", "text_sequences", "samples", "batch", "seed", "profile", "ratio_at", "against",
-        "json_out", "plot",
+        "model", "recipes", "budgets", "tasks", "task_options", "length", "text", "text_sequences", "samples", "batch", "seed",
+        "profile", "profile_for", "ratio_at", "against", "json_out", "plot",
     ],
+    "calibrate": ["model", "out", "data", "tokens", "length", "covariance", "forecast", "tasks", "upstream", "from_upstream"],
+    "inspect": ["profile", "plot", "layer", "as_json"],
     "qjl": ["model", "length", "text_sequences", "task_samples", "seeds", "out", "no_model", "as_json"],
     "doctor": ["as_json"],
     "train": ["out", "small_model", "minutes", "seed", "muon_lr", "adam_lr", "resume"],
     "eval": ["model", "lengths", "samples", "text_sequences", "json_out", "card"],
 }  # fmt: skip
+SELECTION = ["budget", "interval", "heads", "prompt"]
 WORDS_AND_FIELDS = {
     "bf16": ["dtype"], "fp16": ["dtype"], "exact": ["dtype"], "fp8": [],
     "polar#": ["k", "v", "scale", "codebook", "search", "centre", "seed"],
@@ -41,6 +47,9 @@ WORDS_AND_FIELDS = {
     "polar": ["k", "v", "scale", "codebook", "search", "centre", "seed"],
     "int#": ["bits"], "int": ["bits"], "kivi#": ["bits", "group"], "kivi": ["bits", "group"],
     "turboquant#": ["bits", "sketch", "seed"], "turboquant": ["bits", "sketch", "seed"], "turboquant_4bit_nc": [],
+    "tri": SELECTION, "forecast": SELECTION, "streaming": SELECTION, "knorm": SELECTION, "keydiff": SELECTION, "h2o": SELECTION,
+    "snapkv": [*SELECTION, "queries", "kernel", "pool"], "rkv": [*SELECTION, "queries", "kernel", "weight"],
+    "expected": [*SELECTION, "future"], "random": [*SELECTION, "seed"], "oracle": SELECTION,
 }  # fmt: skip
 
 

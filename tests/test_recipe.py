@@ -1,5 +1,6 @@
 """Recipes: strings, mappings and YAML stand for the same object, and every mistake is pointed at."""
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -12,8 +13,9 @@ from kvstack import presets
 from kvstack.codecs import Exact, Fp8, Kivi, MinMax, Polar, TurboQuant, TurboQuant4bitNC
 from kvstack.codecs.base import Precision
 from kvstack.errors import RecipeError
-from kvstack.grammar import show
-from kvstack.recipe import PRESETS, WORDS, Recipe
+from kvstack.grammar import parse_terms, show
+from kvstack.recipe import PRESETS, SHARED, WORDS, Recipe
+from kvstack.scorers import Random, SnapKV, Tri
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
@@ -23,10 +25,10 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def members(draw: st.DrawFn) -> Precision:
-    """A member of the precision axis with some fields set; what its dataclass refuses is left at the default."""
-    build = draw(st.sampled_from(sorted({w.build for w in WORDS.values()}, key=lambda c: c.__name__)))
-    kinds, member = get_type_hints(build), build()
+def members(draw: st.DrawFn, axis: str) -> Any:
+    """A member of the axis with some fields set; what its dataclass refuses is left as it was."""
+    build: Any = draw(st.sampled_from(sorted({w.build for w in WORDS.values() if w.axis == axis}, key=lambda c: c.__name__)))
+    kinds, member = get_type_hints(build), build(draw(st.integers(1, 10_000))) if axis == "selection" else build()
     for f in draw(st.lists(st.sampled_from(fields(build)), unique=True)) if fields(build) else []:
         try:
             member = replace(member, **{f.name: draw(values_of(kinds[f.name]))})
@@ -35,7 +37,15 @@ def members(draw: st.DrawFn) -> Precision:
     return member
 
 
-recipes = st.builds(Recipe, members(), st.integers(0, 10_000), st.integers(0, 100))
+@st.composite
+def any_recipe(draw: st.DrawFn) -> Recipe:
+    selection = draw(st.none() | members("selection"))
+    room = selection.budget - 1 if selection else 10_000
+    window = draw(st.integers(0, room))
+    return Recipe(draw(st.just(Exact()) | members("precision")), window, draw(st.integers(0, room - window)), selection)
+
+
+recipes = any_recipe()
 
 
 @given(recipes)
@@ -48,19 +58,30 @@ def test_every_form_comes_back(recipe: Recipe) -> None:
 
 @given(recipes, st.data())
 def test_white_space_and_order_are_free(recipe: Recipe, data: st.DataObject) -> None:
-    word, _, rest = str(recipe).partition("(")
-    arguments = [a.strip().partition("=") for a in rest.removesuffix(")").split(",")] if rest else []
+    terms = parse_terms(str(recipe))
+    arguments: list[list[str]] = [[] for _ in terms]
+    for i, term in enumerate(terms):
+        for name, value in ((a.name.text if a.name else "budget", a.value.text) for a in term.arguments):
+            arguments[data.draw(st.integers(0, len(terms) - 1)) if name in SHARED else i].append(f"{name}={value}")
+    written = [f"{t.word.text}({','.join(data.draw(st.permutations(a)))})" for t, a in zip(terms, arguments, strict=True)]
     space = st.text(" \t\n", max_size=2)
-    parts = [" ".join(data.draw(space) + part for part in a) for a in data.draw(st.permutations(arguments))]
-    assert Recipe.parse(f" {word} ({','.join(parts)}) ") == recipe
+    text = re.sub("[()+,=]", lambda m: data.draw(space) + m[0] + data.draw(space), "+".join(data.draw(st.permutations(written))))
+    assert Recipe.parse(f" {text} ") == recipe
 
 
 @given(recipes)
 def test_the_string_says_no_default(recipe: Recipe) -> None:
-    for name, _, value in (a.strip().partition("=") for a in str(recipe).partition("(")[2].removesuffix(")").split(",")):
-        owner = recipe if name in ("window", "sinks") else recipe.precision
-        default = {f.name: f.default for f in fields(owner)}.get(name)
-        assert name == "" or show(default) != value
+    terms = parse_terms(str(recipe))
+    assert len(terms) == 1 + (recipe.selection is not None and recipe.precision != Exact())
+    for term in terms:
+        for i, (name, value) in enumerate((a.name.text if a.name else "", a.value.text) for a in term.arguments):
+            if name == "":
+                assert recipe.selection and i == 0 and value == str(recipe.selection.budget)
+                continue
+            owners = [recipe] if name in SHARED else [recipe.selection, recipe.precision]
+            defaults = [f.default for owner in owners if owner for f in fields(owner) if f.name == name]
+            assert value not in map(show, defaults)
+            assert name not in SHARED or term is terms[-1]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +116,28 @@ def test_window_and_sinks_belong_to_the_recipe() -> None:
     assert Recipe.parse("polar4(window=128, sinks=4)") == recipe
     assert Recipe.parse(recipe) is recipe
     assert str(recipe) == "polar4(window=128, sinks=4)"
+
+
+@pytest.mark.parametrize(
+    ("text", "recipe", "canonical"),
+    [
+        ("tri(2048)", Recipe(selection=Tri(2048)), "tri(2048)"),
+        ("tri(budget=2048)+exact", Recipe(selection=Tri(2048)), "tri(2048)"),
+        ("tri(2048, sinks=4, window=16)", Recipe(Exact(), 16, 4, Tri(2048)), "tri(2048, window=16, sinks=4)"),
+        (
+            "tri(2048, 64, union)+bf16",
+            Recipe(Exact("bf16"), selection=Tri(2048, 64, "union")),
+            "tri(2048, interval=64, heads=union)+bf16",
+        ),
+        ("snapkv(512, queries=16)+k4v2", Recipe(Polar(4, 2), selection=SnapKV(512, queries=16)), "snapkv(512, queries=16)+k4v2"),
+        ("random(64, seed=3)+polar4(seed=3)", Recipe(Polar(seed=3), 0, 0, Random(64, seed=3)), "random(64, seed=3)+polar4(seed=3)"),
+        ("polar4+tri(2048)", Recipe(Polar(), selection=Tri(2048)), "tri(2048)+polar4"),
+        ("tri(2048, window=128)+polar4(sinks=4)", Recipe(Polar(), 128, 4, Tri(2048)), "tri(2048)+polar4(window=128, sinks=4)"),
+    ],
+)
+def test_selection_and_precision(text: str, recipe: Recipe, canonical: str) -> None:
+    assert Recipe.parse(text) == recipe
+    assert str(recipe) == canonical
 
 
 def test_presets_are_functions_and_words() -> None:
@@ -139,6 +182,26 @@ MISTAKES = [
     ("balanced(seed=1)", "seed", "Arguments are window, sinks"),
     ("po!ar", "!", "no character '!'"),
     ("fp8(3)", "3", "Names are window, sinks"),
+    ("tri", "tri", "Give it, as in tri(2048)"),
+    ("tri(window=16)+polar4", "tri", "needs `budget`"),
+    ("polar4+trie(64)", "trie", "Did you mean tri?"),
+    ("tri(64)+int4+tri(64)", "tri", "second selection term"),
+    ("tri(64)+h2o(64)", "h2o", "second selection term"),
+    ("snapvk(64)", "snapvk", "Did you mean snapkv?"),
+    ("snapkv(64, kernel=4)", "4", "kernel"),
+    ("tri(64)+balanced", "balanced", "Use it alone"),
+    ("balanced+tri(64)", "balanced", "Use it alone"),
+    ("tri(x)", "x", "Expected a whole number"),
+    ("tri(0)", "0", "`budget` cannot be 0"),
+    ("tri(interval=9, budget=0)", "0", "`budget` cannot be 0"),
+    ("tri(64, interval=0)", "0", "`interval` cannot be 0"),
+    ("tri(window=16, 64)", "64", "needs a name"),
+    ("tri(64, hads=union)", "hads", "Did you mean heads?"),
+    ("tri(64, heads=unio)", "unio", "Did you mean union?"),
+    ("tri(64, k=4)+polar", "k", "no argument 'k'"),
+    ("tri(64, window=8)+polar4(window=8)", "window", "given twice"),
+    ("polar4(window=99)+tri(64)", "99", "larger budget"),
+    ("tri(64, window=32, sinks=33)", "33", "33 sinks"),
 ]
 
 
@@ -154,7 +217,7 @@ def test_a_mistake_is_pointed_at(text: str, under: str, message: str) -> None:
     assert message in str(error.value)
 
 
-@given(st.text(max_size=30) | st.lists(st.sampled_from([*WORDS, *"()+,=#14", "window", "k", " "]), max_size=8).map("".join))
+@given(st.text(max_size=30) | st.lists(st.sampled_from([*WORDS, *"()+,=#14", "tri(9)", "window", "k", " "]), max_size=8).map("".join))
 def test_any_text_is_a_recipe_or_a_clear_error(text: str) -> None:
     try:
         recipe = Recipe.parse(text)
@@ -169,6 +232,11 @@ def test_other_things_are_no_recipes() -> None:
         Recipe.parse(None)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=r"use Recipe\.parse"):
         Recipe("polar4")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"selection is 'tri'.*use Recipe\.parse"):
+        Recipe(selection="tri")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="leaves none to select"):
+        Recipe(Polar(), 60, 4, Tri(64))
+    assert Recipe(Polar(), 60, 3, Tri(64)).selection == Tri(64)
     with pytest.raises(RecipeError, match="0 or more"):
         Recipe(Polar(), window=-1)
     with pytest.raises(RecipeError, match="0 or more"):
@@ -179,6 +247,8 @@ def test_yaml_written_by_hand() -> None:
     assert Recipe.from_yaml("precision: k4v2\nwindow: 128\n") == Recipe(Polar(4, 2), 128)
     assert Recipe.from_yaml("precision: {name: polar, k: 4, v: 2, search: on}") == Recipe(Polar(4, 2, search=True))
     assert Recipe.from_yaml("polar4(window=3)") == Recipe(Polar(), 3)
+    assert Recipe.from_yaml("selection: {interval: 64, name: tri, budget: 512}\nwindow: 16") == Recipe(Exact(), 16, 0, Tri(512, 64))
+    assert Recipe.from_yaml("selection: null\nprecision: polar") == Recipe(Polar())
 
 
 @pytest.mark.parametrize(
@@ -196,6 +266,16 @@ def test_yaml_written_by_hand() -> None:
         ("precision: {name: polar, search: 1}", r"precision\.search: .*on or off"),
         ("precision: {k: 4}", "precision: .*`name`"),
         ("precision: 4", "precision: .*`name`"),
+        ("precision: null", "precision: .*`name`"),
+        ("precision: {name: tri, budget: 64}", r"precision\.name: `tri` is no precision, but a selection.*polar4"),
+        ("selection: polar4", r"selection\.name: `polar4` is no selection, but a precision.*under `precision`.*tri"),
+        ("selection: trie", r"selection\.name: .*Did you mean tri\? Words are tri[a-z, 0-9]*\.$"),
+        ("selection: tri", r"selection\.name: .*needs `budget`.*budget: 2048"),
+        ("selection: {name: tri, budget: 64, head: union}", r"selection\.head: .*Did you mean heads\?"),
+        ("selection: {name: tri, interval: 9, budget: 0}", r"selection\.budget: .*cannot be 0"),
+        ("selection: {name: tri, budget: on}", r"selection\.budget: .*whole number"),
+        ("selection: 4", "selection: .*`name`"),
+        ("{selection: {name: tri, budget: 64}, window: 64}", "window: .*larger budget"),
         ("3: 4", "3: .*no such key"),
         ("[]", "mapping with the keys precision, window, sinks"),
         ("", "mapping with the keys"),
@@ -227,5 +307,6 @@ def test_yaml_without_pyyaml_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_word_builds_and_has_a_canonical_form() -> None:
     for name, word in WORDS.items():
         assert set(word.fixed) | {key for keys in word.numbers for key in keys} <= {f.name for f in fields(word.build)}
-        assert Recipe.parse(name.replace("#", "4")).precision.__class__ is word.build
+        text = name.replace("#", "4") + ("(64)" if word.axis == "selection" else "")
+        assert getattr(Recipe.parse(text), word.axis).__class__ is word.build
         assert {f.name for f in fields(word.build)}.isdisjoint({"window", "sinks", "name"})

@@ -37,7 +37,7 @@ def test_a_filled_cache_is_random_and_can_be_decoded_from(recipe: str) -> None:
     torch.manual_seed(0)
     m, context, batch = model(), 200, 3
     cache = StaticCache(m, Recipe.parse(recipe), batch, context + 6)
-    loop = generate._filled(m, cache, batch, context, 6)
+    loop = generate.filled(m, cache, batch, context, 6)
     assert cache.steps.lengths.tolist() == [context] * batch and cache.steps.filling is None
     for layer in cache.layers:
         store = layer.store

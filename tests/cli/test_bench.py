@@ -18,6 +18,7 @@ OPTIONS = {
     "prefill": ["chunk", "past", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "quick"],
     "encode": ["shape", "kv_heads", "head_dim", "bits", "json_out", "quick"],
     "error": ["tokens", "head_dim", "bits", "json_out"],
+    "long": ["shape", "recipe", "generated", "points", "batch", "every_step", "json_out"],
     "generate": ["shape", "recipe", "context", "batch", "steps", "json_out"],
 }
 
@@ -67,7 +68,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--shape", "qwen3"], "There is no shape 'qwen3'. Give one of qwen3-8b, llama-3.2-1b."),
+        (["--shape", "qwen3"], "There is no shape 'qwen3'. Give one of qwen3-8b, small, llama-3.2-1b."),
         (["--recipe", "polar4", "--recipe", "polr4"], "There is no word 'polr4'"),
         (["--context", "31"], "Invalid value for '--context'"),
         (["--steps", "1"], "Invalid value for '--steps'"),

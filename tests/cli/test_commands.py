@@ -12,7 +12,7 @@ from kvstack import Cache
 from kvstack.cli import compare, demo
 from kvstack.cli.main import app
 from kvstack.eval.suite import SuiteConfig
-from kvstack.lab.registry import load
+from kvstack.lab.registry import bundled_model, load
 
 torch.set_num_threads(1)
 runner = CliRunner()
@@ -107,9 +107,40 @@ def test_compare_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert plot.with_suffix(".png").stat().st_size > 10_000 and "<svg" in plot.with_suffix(".html").read_text()
 
 
+def test_compare_over_budgets(tmp_path: Path) -> None:
+    json_out, plot = tmp_path / "new" / "b.json", tmp_path / "new" / "b"
+    recipes = "tri(BUDGET, window=16, interval=32), oracle(BUDGET, interval=32)+polar4"
+    result = invoke(
+        "compare", "bundled", "--recipes", recipes, "--budgets", "1/4, 96", "--tasks", "recall, dfs_public", "--length", "256",
+        "--samples", "2", "--task-options", "recall.share=0.2, dfs_public.depth=16", "--profile-for",
+        f"recall={bundled_model() / 'profile.safetensors'}", "--against", "bf16", "--json", str(json_out), "--plot", str(plot),
+    )  # fmt: skip
+    rows = json.loads(json_out.read_text())["rows"]
+    assert [r["scorer"] for r in rows] == ["full"] * 3 + ["tri"] * 6 + ["oracle"] * 6
+    assert all(r["against"]["recipe"] == "bf16" and r["working_set"] < 200 for r in rows)
+    assert {r["budget"] for r in rows if r["task"] != "dfs_public"} == {None, 64, 96}
+    for shown in (
+        "tri(BUDGET, interval=32, window=16)",
+        "oracle(BUDGET, interval=32)+polar4",
+        "mean, points above bf16",
+        "b-working-set",
+    ):
+        assert shown in result.stdout
+    assert "measuring" in result.stderr and plot.with_suffix(".html").read_text().count("<svg") == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--recipes", "tri(BUDGET)"], "Give some, such as --budgets"),
+        (["--recipes", "polar4", "--budgets", "half"], "'half' is no budget"),
+        (["--recipes", "polar4", "--budgets", "64", "--ratio-at", "512"], "not measured over budgets"),
+        (["--recipes", "polar4", "--budgets", "64", "--profile-for", "sudoku=x"], "There is no task 'sudoku'"),
+        (["--recipes", "polar4", "--budgets", "64", "--samples", "1"], "has no interval"),
+        (["--recipes", "polar4", "--profile-for", "recall=x"], "goes with --budgets"),
+        (["--recipes", "polar4", "--task-options", "chain.length=2"], "There is no option 'chain.length'"),
+        (["--recipes", "polar4", "--task-options", "chain.variables=2.5"], "Give a whole number from 2 to 26"),
+        (["--recipes", "polar4", "--task-options", "recall.share=nan"], "Give a number from 0.0 to 1.0"),
         (["--recipes", " "], "no recipes to compare"),
         (["--recipes", "polar4", "--json", "/proc/none/x.json"], "cannot be written"),
         (["--recipes", "polar4, nonsense"], "There is no word 'nonsense'"),

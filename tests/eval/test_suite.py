@@ -61,7 +61,7 @@ def test_a_text_that_is_too_short_is_refused() -> None:
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(BadInputError, match=r"There is no task 'recal'\. Choose from: recall, quote, dfs, chain, modular\."):
+    with pytest.raises(BadInputError, match=r"no task 'recal'\. Choose from: recall, quote, dfs, chain, modular, dfs_public\."):
         task_batches(LAB, TEXT, SuiteConfig(tasks=("dfs", "recal")))
     assert not task_batches(LAB, TEXT, SuiteConfig(tasks=()))
 
@@ -80,6 +80,7 @@ def test_samples_come_by_task_in_batches_padded_on_the_right() -> None:
         for row, n, items in zip(b.tokens.tolist(), b.lengths, b.items, strict=True):
             assert row[0] == 1 and row[n - 1] == 2 and not any(row[n:]), "BOS, EOS, padding"
             assert items and items[-1][1] < n
+        assert len(b.working_sets) == len(b.lengths) and all(0 < w <= n for w, n in zip(b.working_sets, b.lengths, strict=True))
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:

@@ -5,6 +5,7 @@ import torch
 from families import FAMILIES, VOCABULARY
 
 from kvstack import Cache
+from kvstack.calibrate import calibrate
 from kvstack.errors import BadInputError, RecipeError, UnsupportedModelError
 from kvstack.hf.generate import Choice, generate
 
@@ -45,6 +46,32 @@ def test_compressed_is_what_the_flexible_cache_generates(recipe):
     for row, prompt, real in zip(mine, ids, mask, strict=True):  # one by one: with padding its sums have another order, and codes flip
         alone = prompt[real.bool()][None]
         assert torch.equal(row[None], theirs(model, alone, torch.ones_like(alone), Cache(model, recipe), 24))
+
+
+@pytest.mark.parametrize("tier", ["bf16", "bf16(window=4, sinks=2)"])
+@pytest.mark.parametrize("scorer", ["tri", "knorm", "keydiff", "streaming"])
+def test_evicting_is_what_the_flexible_cache_does(scorer, tier):
+    model, (ids, mask) = model_of("qwen3-128"), prompts(3, 150)
+    profile = calibrate(model, [ids[:1]])
+    recipe = f"{scorer}(24, interval=8)+{tier}"
+    mine = generate(model, ids, mask, recipe=recipe, max_new_tokens=44, profile=profile)
+    for row, prompt, real in zip(mine.tokens, ids, mask, strict=True):
+        alone = prompt[real.bool()][None]
+        assert torch.equal(row[None], theirs(model, alone, torch.ones_like(alone), Cache(model, recipe, profile=profile), 44))
+    whole = generate(model, ids, mask, recipe=tier, max_new_tokens=44)
+    assert mine.nbytes < 0.72 * whole.nbytes, "a page of 128 tokens a row instead of 196 slots"
+
+
+def test_selections_that_a_graph_cannot_follow_are_refused():
+    model, (ids, _) = model_of("qwen3-128"), prompts(1, 20)
+    for recipe, why in {
+        "snapkv(64)+polar4": "more than keys and values",
+        "knorm(24, heads=pooled)+polar4": "heads=separate",
+        "oracle(24)+polar4": "future",
+        "tri(24)+polar4": "kvstack calibrate",
+    }.items():
+        with pytest.raises(RecipeError, match=why):
+            generate(model, ids, recipe=recipe, max_new_tokens=2)
 
 
 def test_prompts_shorter_than_the_sinks_and_the_window():

@@ -24,7 +24,21 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
-from kvstack.kernels import encode, encode_hopper, encode_step, exact, hopper, merge, plain, portable, prefill, prefill_hopper, rotate
+from kvstack.kernels import (
+    encode,
+    encode_hopper,
+    encode_step,
+    exact,
+    hopper,
+    linear,
+    merge,
+    move,
+    plain,
+    portable,
+    prefill,
+    prefill_hopper,
+    rotate,
+)
 from kvstack.kernels.book import Book, book, cells
 from kvstack.kernels.pages import PAGE, Format
 
@@ -222,6 +236,37 @@ def store_kernel() -> Kernel:
     )  # fmt: skip
 
 
+def move_kernel(k: int, v: int, head_dim: int, **more: Any) -> Kernel:
+    """`move.move_kernel` for `k` and `v` bits."""
+    f = Format(head_dim, k, v)
+    return Kernel(
+        move.move_kernel,
+        {"pool": "*u8", **dict.fromkeys(("table", "keep", "counts"), "*i32")},
+        dict(
+            D=head_dim, K_BITS=k, V_BITS=v, VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes, PAGE=PAGE,
+            SPAN=move.SPAN,
+        ),
+        **more,
+    )  # fmt: skip
+
+
+def linear_kernel(bits: int, head_dim: int, num_warps: int = linear.WARPS, **more: Any) -> Kernel:
+    """`linear.linear_kernel` for keys of `bits` bits with a centre."""
+    f = Format(head_dim, bits, bits)
+    return Kernel(
+        linear.linear_kernel,
+        {
+            **dict.fromkeys(("w", "c", "centre", "levels", "out"), "*fp32"), **dict.fromkeys(("table", "lengths"), "*i32"),
+            "pairs": "*i64", "basis": "*bf16" if bits == 16 else "*fp16", "pool": "*u8",
+        },
+        dict(
+            D=head_dim, BITS=bits, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes, PAGE=PAGE, M=linear.ROWS,
+            CHUNK=linear.CHUNK, CENTRE=True,
+        ),
+        options={"num_warps": num_warps, "num_stages": 1}, **more,
+    )  # fmt: skip
+
+
 def one(target: str) -> dict[str, GPUTarget]:
     """That target alone."""
     return {target: EVERY[target]}
@@ -261,6 +306,16 @@ KERNELS = {
     "merge, many programs": merge_kernel(64, 4),
     "project": project_kernel(),
     "store": store_kernel(),
+    "move, 4 and 4 bits of 128": move_kernel(4, 4, 128),
+    "move, 3 and 3 bits of 128": move_kernel(3, 3, 128, targets=one("sm_90")),
+    "move, 16 and 16 bits of 256": move_kernel(16, 16, 256, targets=one("sm_90")),
+    "linear, 4 bits of 128": linear_kernel(4, 128, targets=NVIDIA),
+    "linear, 4 bits of 128, AMD": linear_kernel(4, 128, num_warps=4, targets=one("gfx942")),
+    "linear, 3 bits of 256": linear_kernel(3, 256, targets=one("sm_89")),
+    "linear, 4 bits of 64": linear_kernel(4, 64, targets=one("sm_90")),
+    "linear, 8 bits of 256": linear_kernel(8, 256, targets=one("sm_90")),
+    "linear, 16 bits of 128": linear_kernel(16, 128, targets=one("sm_90")),
+    "linear, 16 bits of 256": linear_kernel(16, 256, targets=one("sm_90")),
 }
 
 

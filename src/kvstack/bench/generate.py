@@ -17,6 +17,7 @@ import torch
 from kvstack.bench.own import scramble
 from kvstack.hf.generate import PLAIN_STEPS, Choice, DecodeLoop, recorded
 from kvstack.hf.static import StaticCache
+from kvstack.profile import Profile
 from kvstack.recipe import Recipe
 
 Row = dict[str, Any]
@@ -31,6 +32,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(
             vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
             num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 20,
+        ),
+    ),
+    "small": (
+        "Qwen3",
+        dict(
+            vocab_size=32000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=2, head_dim=128, max_position_embeddings=1 << 20,
         ),
     ),
     "llama-3.2-1b": (
@@ -65,7 +73,7 @@ def measure(
     rows = []
     for i, text in enumerate(recipes):
         recipe = Recipe.parse(text)
-        n = batch or _fitting(model, recipe, context + steps)
+        n = batch or fitting(model, recipe, context + steps)
         while True:
             gc.collect()
             torch.cuda.empty_cache()
@@ -84,7 +92,7 @@ def measure(
 def _run(model: Any, recipe: Recipe, batch: int, context: int, steps: int) -> Row:
     torch.cuda.reset_peak_memory_stats()
     cache = StaticCache(model, recipe, batch, context + steps + PLAIN_STEPS)
-    loop = _filled(model, cache, batch, context, steps + PLAIN_STEPS)
+    loop = filled(model, cache, batch, context, steps + PLAIN_STEPS)
     for _ in range(PLAIN_STEPS):
         loop.step()
     step = recorded(loop.step)
@@ -104,7 +112,7 @@ def _run(model: Any, recipe: Recipe, batch: int, context: int, steps: int) -> Ro
     }
 
 
-def _filled(model: Any, cache: StaticCache, batch: int, context: int, steps: int) -> DecodeLoop:
+def filled(model: Any, cache: StaticCache, batch: int, context: int, steps: int) -> DecodeLoop:
     """A loop after `context` tokens a row, of random numbers and codes."""
     ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT), device=model.device)
     cache.steps.filling = slice(0, batch)
@@ -121,19 +129,19 @@ def _filled(model: Any, cache: StaticCache, batch: int, context: int, steps: int
     return DecodeLoop(model, cache, out.logits[:, -1], steps + 1, Choice(), (), 0)
 
 
-def _fitting(model: Any, recipe: Recipe, tokens: int) -> int:
+def fitting(model: Any, recipe: Recipe, tokens: int, profile: Profile | None = None) -> int:
     """Rows whose cache fits into the free memory, judged by the cache of one row."""
     gc.collect()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(model.device)[0] - SPARE
     config = model.config.get_text_config()
     logits = 8 * config.vocab_size  # bf16, and what choosing a token makes of them
-    return max(1, int(free / (row_bytes(model, recipe, tokens) + logits)))
+    return max(1, int(free / (row_bytes(model, recipe, tokens, profile) + logits)))
 
 
-def row_bytes(model: Any, recipe: Recipe, tokens: int) -> int:
+def row_bytes(model: Any, recipe: Recipe, tokens: int, profile: Profile | None = None) -> int:
     """Bytes that the cache of one row of `tokens` tokens reserves."""
-    cache = StaticCache(model, recipe, 1, tokens)
+    cache = StaticCache(model, recipe, 1, tokens, profile)
     with torch.inference_mode():
         cache.steps.filling = slice(0, 1)
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)

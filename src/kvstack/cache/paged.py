@@ -12,6 +12,7 @@ from kvstack.codecs.base import Codec
 from kvstack.errors import RecipeError
 from kvstack.kernels.append import append
 from kvstack.kernels.codes import from_page, page_format, to_page
+from kvstack.kernels.compact import compact
 from kvstack.kernels.decode import Body, choose, schedule
 from kvstack.kernels.pages import PAGE, Pages, read, write
 from kvstack.kernels.reference import Side
@@ -37,7 +38,8 @@ class PagedTier(Tier):
         table = torch.zeros(batch, 0, dtype=torch.int32, device=device)
         self.pages = Pages(f, pool, table, torch.zeros(batch, dtype=torch.int32, device=device))
         self.held = torch.zeros(batch, dtype=torch.long)  # pages of every row, on the CPU like the lengths
-        self.used = 0  # pages of the pool that belong to rows
+        self.used = 0  # pages of the pool that belong, or have belonged, to rows
+        self.free: list[int] = []  # those that no row has any more
         self._body: Body | None = None
 
     @property
@@ -80,6 +82,20 @@ class PagedTier(Tier):
         self._set_lengths(self.lengths - counts)
 
     @plainly
+    def keep(self, index: Tensor, counts: Tensor) -> None:
+        """See `Tier.keep`. Pages that nothing is in go back to the pool, and when half of it is empty, the pool becomes smaller."""
+        device = self.pages.table.device
+        compact(self.pages, index.to(device, torch.int32), counts.to(device, torch.int32))
+        held = -(-counts // PAGE)
+        table = self.pages.table.cpu()
+        for row, (old, new) in enumerate(zip(self.held.tolist(), held.tolist(), strict=True)):
+            self.free += table[row, new:old].tolist()
+        self.held = torch.minimum(self.held, held)
+        self._set_lengths(counts)
+        if 2 * len(self.free) > len(self.pages.pool):
+            self.select(torch.arange(len(counts)))
+
+    @plainly
     def select(self, rows: Tensor) -> None:
         """See `Tier.select`. Every row gets pages of its own, since rows that are the same now will not stay so."""
         p, rows = self.pages, rows.cpu()
@@ -87,7 +103,7 @@ class PagedTier(Tier):
         ids = [p.table[int(row), : int(n)] for row, n in zip(rows, held, strict=True)]
         pool = p.pool[torch.cat(ids).long()] if len(ids) else p.pool[:0]
         self.pages = Pages(p.format, pool, p.table[:0].new_zeros(len(rows), 0), p.lengths[:0].new_zeros(len(rows)))
-        lengths, self.held, self.used = self.lengths[rows], torch.zeros_like(held), 0
+        lengths, self.held, self.used, self.free = self.lengths[rows], torch.zeros_like(held), 0, []
         self._reserve(lengths)
         self._set_lengths(lengths)
 
@@ -96,7 +112,7 @@ class PagedTier(Tier):
         plain = Tier(*self.codecs, len(tensors["lengths"]), self.pages.pool.shape[1], self.pages.pool.device)
         plain.load_state(tensors)
         lengths = plain.lengths
-        self.held, self.used = torch.zeros_like(lengths), 0
+        self.held, self.used, self.free = torch.zeros_like(lengths), 0, []
         p = self.pages
         self.pages = Pages(p.format, p.pool[:0], p.table.new_zeros(len(lengths), 0), p.lengths.new_zeros(len(lengths)))
         self._reserve(lengths)
@@ -118,10 +134,12 @@ class PagedTier(Tier):
         if not total:
             return
         table = torch.zeros(len(held), int(held.max()), dtype=torch.int32)
-        table[:, : p.table.shape[1]] = p.table.cpu()
+        table[:, : p.table.shape[1]] = p.table[:, : table.shape[1]].cpu()
         for row, (before, n) in enumerate(zip(self.held.tolist(), new.tolist(), strict=True)):
-            table[row, before : before + n] = torch.arange(self.used, self.used + n)
-            self.used += n
+            reused, self.free = self.free[:n], self.free[n:]
+            fresh = n - len(reused)
+            table[row, before : before + n] = torch.tensor([*reused, *range(self.used, self.used + fresh)], dtype=torch.int32)
+            self.used += fresh
         pool = p.pool
         if self.used > len(pool):
             # The first tokens are mostly a whole prompt, and get what they need; what grows once will grow again.

@@ -107,6 +107,19 @@ class Tier:
         behind = ~_below(rest, most, k.device)[:, None, :, None]
         return k.masked_fill(behind, 0), v.masked_fill(behind, 0), rest
 
+    @plainly
+    def keep(self, index: Tensor, counts: Tensor) -> None:
+        """Keep of every head of row b the tokens `index [B, H, :counts[b]]` (ascending), and give the memory of the others back."""
+        assert self.block == 1, "single tokens leave only tiers that store them one by one"
+
+        def taken(t: Tensor) -> Tensor:
+            at = index.to(t.device).reshape(*index.shape, *[1] * (t.ndim - 3)).expand(*index.shape, *t.shape[3:])
+            raw = t.view(torch.uint8) if t.dtype.itemsize == 1 else t  # torch gathers no float8
+            return raw.gather(2, at).view(t.dtype)
+
+        self._map(taken)
+        self.lengths = counts
+
     def _block_at(self, side: int, tokens: Tensor) -> Tensor:
         """Decoded vectors `[B, H, block, D]` from token `tokens[b]` of row b on; of a row that ends there, anything."""
         codec, device = self.codecs[side], self.buffers[side][0].device

@@ -1,5 +1,7 @@
-"""Stream statistics from a model into a `Profile`."""
+"""Stream statistics from a model into a `Profile`, and train its forecast."""
 
-from kvstack.calibrate.means import calibrate
+from kvstack.calibrate.forecast import add_forecast
+from kvstack.calibrate.stream import calibrate
+from kvstack.calibrate.upstream import read_upstream, write_upstream
 
-__all__ = ["calibrate"]
+__all__ = ["add_forecast", "calibrate", "read_upstream", "write_upstream"]

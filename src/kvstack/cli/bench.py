@@ -1,8 +1,9 @@
 """`kvstack bench`: speed on this machine's GPU, beside other libraries that are installed, in one process.
 
 `decode`: attention of a decode step. `prefill`: of a chunk of new tokens over a compressed past. `encode`: new tokens into pages.
-`generate`: a whole model's decode loop. `error`: how exact decode attention is. The tables go to the terminal, the rows to a results
-file (`environment.write_results`), the picture to a PNG. What is measured and how is the business of `bench/`.
+`generate`: a whole model's decode loop. `long`: the same over a long generation, with eviction. `error`: how exact decode attention
+is. The tables go to the terminal, the rows to a results file (`environment.write_results`), the picture to a PNG. What is measured and
+how is the business of `bench/`.
 """
 
 import shlex
@@ -23,6 +24,7 @@ from kvstack.bench import decode as decoding
 from kvstack.bench import encode as encoding
 from kvstack.bench import error as erring
 from kvstack.bench import generate as generating
+from kvstack.bench import long as lasting
 from kvstack.bench import own, peers, report
 from kvstack.bench import prefill as prefilling
 from kvstack.bench.contender import Contender
@@ -39,6 +41,7 @@ kvstack bench decode --json results/decode_h200.json --plot out/decode_h200.png
 kvstack bench prefill --chunk 2048 --past 131072 --json out/prefill.json
 kvstack bench encode --shape 1x32768 --shape 32x1 --bits "4, 4+search" --quick
 kvstack bench generate --shape qwen3-8b --context 32768
+kvstack bench long --recipe bf16 --recipe "tri(1024)+polar4" --generated 32768
 kvstack bench error --tokens 4096 --tokens 1048576
 """
 
@@ -177,6 +180,49 @@ def generate(
         speed = r["tokens_per_s"]
         numbers = f"{r['ms']:.2f}", f"{speed:,.0f}", f"{speed / rows[0]['tokens_per_s']:.2f}"
         table.add_row(r["recipe"], str(r["batch"]), *numbers, *(f"{r[key] / 1e9:.1f}" for key in ("cache_bytes", "peak_bytes")))
+    console = Console()
+    _print_wide(console, table)
+    if json_out:
+        write_results(json_out, shlex.join(["kvstack", *sys.argv[1:]]), rows)
+        console.print(f"wrote {json_out}", soft_wrap=True, highlight=False)
+
+
+def long(
+    shape: Annotated[
+        str, typer.Option(help=f"Shape of the model: {', '.join(generating.SHAPES)}. Its weights are random.")
+    ] = "qwen3-8b",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help=f"Can be given several times. Default: {'; '.join(lasting.RECIPES)}.")
+    ] = None,
+    generated: Annotated[int, typer.Option(min=256, help="Tokens that every row generates.")] = 32768,
+    points: Annotated[int, typer.Option(min=1, help="Lengths at which steps are timed.")] = 4,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows. Default: as many as fit.")] = None,
+    every_step: Annotated[bool, typer.Option("--every-step", help="Make every step, and note the memory on the way.")] = False,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure a long generation with random weights: tokens per second at each recipe's largest batch, and memory."""
+    if shape not in generating.SHAPES:
+        raise BadInputError(f"There is no shape {shape!r}. Give one of {', '.join(generating.SHAPES)}.")
+    recipes = recipe or lasting.RECIPES
+    for text in recipes:
+        Recipe.parse(text)  # before minutes of work
+    model = generating.random_model(shape, _ready(json_out))
+    with _progress() as bar:
+        run = lasting.endure if every_step else lasting.measure
+        rows = run(model, recipes, generated, points, batch, bar)
+    heads = ("recipe", "rows", "generated", "ms a step", "ms an eviction", "tokens/s", "x the first", "cache GB", "peak GB")
+    table = Table(title=f"{shape}, random weights, {generated:,} tokens, {torch.cuda.get_device_name()}", title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+    for r in rows:
+        times = (
+            f"{r['ms']:.2f}",
+            f"{r['evict_ms']:.1f}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['tokens_per_s'] / rows[0]['tokens_per_s']:.2f}",
+        )
+        sizes = (f"{r[key] / 1e9:.2f}" for key in ("cache_bytes", "peak_bytes"))
+        table.add_row(r["recipe"], str(r["batch"]), f"{r['generated']:,}", *times, *sizes)
     console = Console()
     _print_wide(console, table)
     if json_out:

@@ -2,23 +2,26 @@
 
 Every recipe runs the same text windows and task samples through a real cache. The table goes to the terminal, the raw rows to a results
 file (`environment.write_results`), the picture to a PNG and an HTML page. What is measured and how is the business of `eval/`.
+With `--budgets` it is the tasks alone, over budgets of tokens (`eval.selection`).
 """
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from kvstack import artefact
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError
-from kvstack.eval import report, runner
-from kvstack.eval.suite import SuiteConfig
+from kvstack.eval import curves, report, runner, selection
+from kvstack.eval.suite import OPTIONS, SuiteConfig, check_task
 from kvstack.lab.registry import load, load_profile
 from kvstack.lab.tasks import TASKS
 from kvstack.lab.text import held_out_text, tuning_text
@@ -29,13 +32,20 @@ EXAMPLES = """
 kvstack compare bundled --recipes "fp8, polar4, polar3(window=128, sinks=4)" --json out/compare.json
 kvstack compare bundled --recipes "polar4, int4" --tasks "recall, dfs" --length 4096 --samples 32
 kvstack compare Qwen/Qwen3-0.6B --recipes "polar4, k4v2" --text book.txt --tasks "" --plot out/book
+kvstack compare bundled --recipes "tri(BUDGET), snapkv(BUDGET)+polar4" --budgets "1/2, 1/4, 1/10.7, 512" --length 4096 --plot out/tri
+kvstack compare bundled --recipes "tri(BUDGET)" --budgets "1/8" --tasks "chain, dfs_public" --task-options "chain.variables=26"
 """
 
 
 def compare(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or `bundled`.")],
     recipes: Annotated[str, typer.Option(help="Recipes, separated by commas. bf16 is always measured, as the reference.")],
+    budgets: Annotated[
+        str,
+        typer.Option(help="Budgets for which BUDGET stands in recipes: tokens, or parts of the length such as 1/8. No text is read."),
+    ] = "",
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; an empty text for none.")] = ", ".join(TASKS),
+    task_options: Annotated[str, typer.Option(help="Options of tasks, e.g. chain.variables=26, dfs_public.depth=20.")] = "",
     length: Annotated[int, typer.Option(min=128, help="Tokens of every text window and task sample.")] = 1024,
     text: Annotated[
         Path | None,
@@ -46,19 +56,35 @@ def compare(
     batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the task samples.")] = 0,
     profile: Annotated[Path | None, typer.Option(help="A calibrated profile of this model; bundled models bring theirs.")] = None,
+    profile_for: Annotated[str, typer.Option(help="Other profiles for single tasks, with --budgets: recall=out/other, ...")] = "",
     ratio_at: Annotated[str, typer.Option(help="Lengths at which the ratio is measured too, e.g. 4096, 65536.")] = "",
     against: Annotated[str | None, typer.Option(help="One of the recipes, to which the others' paired differences are given.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: this path with .png and .html.")] = None,
 ) -> None:
     """Measure recipes side by side: bytes, quality, speed."""
-    stacks = [Recipe.parse(r) for r in split(recipes)]
-    if not stacks:
+    if not split(recipes):
         raise BadInputError('There are no recipes to compare. Give some, such as --recipes "polar4, int4".')
     for path in (json_out, plot):
         if path is not None:
             artefact.check_folder(path.parent)
-    cfg = SuiteConfig(length, text_sequences, samples, tuple(split(tasks)), batch, seed)
+    chosen = tuple(split(tasks))
+    cfg = SuiteConfig(length, text_sequences, samples, chosen, batch, seed, _options(task_options))
+    if budgets:
+        shares = selection.parse_budgets(split(budgets), length)
+        if ratio_at:
+            raise BadInputError("--ratio-at is not measured over budgets. Leave it out, or leave out --budgets.")
+        lm, tokenizer = load(model)
+        profiles = dict.fromkeys(chosen, Profile.load(profile) if profile else load_profile(model)) | _profiles(profile_for)
+        with _progress() as progress:
+            found = selection.evaluate(lm, model, tokenizer, split(recipes), shares, cfg, read_text(text), profiles, against, progress)
+        _show_budgets(found, f"{model}, tasks of {length} tokens, {samples} samples each", json_out, plot)
+        return
+    if profile_for:
+        raise BadInputError("--profile-for goes with --budgets. Give these too, or use --profile.")
+    if any(selection.Stack(r).open for r in split(recipes)):
+        raise BadInputError('BUDGET stands for budgets, and there are none. Give some, such as --budgets "1/4, 512".')
+    stacks = [Recipe.parse(r) for r in split(recipes)]
     lengths = [_number(n) for n in split(ratio_at)]
     rival = None if against is None else str(Recipe.parse(against))
     if rival not in (None, runner.REFERENCE, *map(str, stacks)):
@@ -80,30 +106,49 @@ def measure(
     against: str | None = None,
 ) -> list[report.Row]:
     """The compare rows, with a progress bar on standard error."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("measuring")
-        scores = runner.evaluate(
-            model, tokenizer, recipes, cfg, text,
-            profile=profile, progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+    with _progress() as progress:
+        scores = runner.evaluate(model, tokenizer, recipes, cfg, text, profile=profile, progress=progress)
         rows = runner.rows(scores, cfg, against)
         for row in rows if ratio_at else ():
             row["ratios"] = {str(n): runner.ratio_of_random(model, Recipe.parse(row["recipe"]), n, profile) for n in ratio_at}
     return rows
 
 
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, moved by what it gives: how much is done, of how much."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def show(rows: Sequence[report.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
     """Print the table, and write the results file and the plots that were asked for."""
-    console, table = Console(), report.table(rows, title)
-    # A table that is cut in a pipe or a narrow window helps nobody: let it be as wide as it is.
+    _print(report.table(rows, title))
+    _write(rows, json_out, lambda: report.write_plots(rows, title, plot) if plot else [])
+
+
+def _show_budgets(rows: Sequence[selection.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
+    """As `show`, for rows over budgets."""
+    for table in curves.tables(rows):
+        _print(table.terminal())
+    _write(rows, json_out, lambda: curves.write_plots(rows, title, plot) if plot else [])
+
+
+def _print(table: Table) -> None:
+    """Print a table as wide as it is: one that is cut in a pipe or a narrow window helps nobody."""
+    console = Console()
     width = console.measure(table, options=console.options.update(max_width=1000)).maximum
     Console(width=max(width, console.width)).print(table)
+
+
+def _write(rows: Sequence[report.Row], json_out: Path | None, plots: Callable[[], list[Path]]) -> None:
+    """Write the results file, then the plots, and say so."""
     if json_out:
         write_results(json_out, command_line(), rows)
-    written = [*([json_out] if json_out else []), *(report.write_plots(rows, title, plot) if plot else [])]
-    for path in written:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    for path in [*([json_out] if json_out else []), *plots()]:
+        Console().print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
 def command_line() -> str:
@@ -137,3 +182,34 @@ def _number(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise BadInputError(f"{text!r} is no number of tokens. Give whole numbers separated by commas.")
     return int(text)
+
+
+def _options(text: str) -> dict[str, dict[str, Any]]:
+    """Options of tasks as `SuiteConfig` takes them."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in split(text):
+        name, _, value = part.partition("=")
+        task, _, option = (x.strip() for x in name.partition("."))
+        if option not in OPTIONS.get(task, {}):
+            known = ", ".join(f"{t}.{o}" for t, options in OPTIONS.items() for o in options)
+            raise BadInputError(f"There is no option {name.strip()!r} of a task. Choose from: {known}.")
+        low, high = OPTIONS[task][option]
+        try:
+            number = type(low)(value)
+        except ValueError:
+            number = high + 1
+        if not low <= number <= high:
+            kind = "whole number" if isinstance(low, int) else "number"
+            raise BadInputError(f"{name.strip()} cannot be {value.strip()!r}. Give a {kind} from {low} to {high}.")
+        found.setdefault(task, {})[option] = number
+    return found
+
+
+def _profiles(text: str) -> dict[str, Profile]:
+    """Profiles of single tasks."""
+    found = {}
+    for part in split(text):
+        task, _, path = (x.strip() for x in part.partition("="))
+        check_task(task)
+        found[task] = Profile.load(path)
+    return found

@@ -25,6 +25,8 @@ COMMANDS = {
     "demo": ("kvstack.cli.demo:demo", "See in a minute what a compressed cache saves and what it costs."),
     "run": ("kvstack.cli.run:run", "Generate text with a compressed cache."),
     "compare": ("kvstack.cli.compare:compare", "Measure recipes side by side: bytes, quality, speed."),
+    "calibrate": ("kvstack.cli.calibrate:calibrate", "Calibrate a profile of a model on text."),
+    "inspect": ("kvstack.cli.inspect:inspect", "Show what a profile says of a model's queries."),
     "qjl": ("kvstack.cli.qjl:qjl", "Show why a sign sketch of the residual does not pay."),
     "doctor": ("kvstack.cli.doctor:doctor", "Say what this machine can do, and why."),
 }
@@ -37,6 +39,7 @@ BENCH_COMMANDS = {
     "prefill": ("kvstack.cli.bench:prefill", "Time attention of a prompt's chunk over a compressed past."),
     "encode": ("kvstack.cli.bench:encode", "Time new tokens on their way into pages."),
     "error": ("kvstack.cli.bench:error", "How exact decode attention is, up to a million tokens."),
+    "long": ("kvstack.cli.bench:long", "A long generation with eviction: tokens per second and memory."),
     "generate": ("kvstack.cli.bench:generate", "A model's decode loop: tokens per second of recipes."),
 }
 EXAMPLES = """

@@ -4,20 +4,18 @@ The tables go to the terminal, the rows to `qjl.json`, and the picture to `qjl.p
 the rows are printed instead of the tables. What is measured is the business of `eval/qjl.py`; `docs/qjl.md` tells the story.
 """
 
-import html
-import io
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from kvstack.cli.compare import command_line
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError
+from kvstack.eval import page
 from kvstack.eval import qjl as study
 from kvstack.eval.suite import SuiteConfig
 from kvstack.lab.registry import load
@@ -61,46 +59,15 @@ def qjl(
         rows = study.inner(seeds, progress=progress("inner products"))
         rows += study.softmax(seeds, progress=progress("attention weights")) + of_model
     write_results(out / "qjl.json", command_line(), rows)
-    written = [out / "qjl.json", *_write_figure(rows, out / "qjl")]
+    written = [
+        out / "qjl.json",
+        *page.write(out / "qjl", TITLE, {"": study.figure(rows)}, study.tables(rows), "Brackets are 95 % intervals."),
+    ]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
     console = Console(width=200)  # wider than any table: one that is cut in a pipe or a narrow window helps nobody
-    for shown in study.tables(rows):
-        table = Table(title=shown.title, title_justify="left")
-        for i, name in enumerate(shown.head):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        for cells in shown.cells:
-            table.add_row(*cells)
-        console.print(table)
+    for table in study.tables(rows):
+        console.print(table.terminal())
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-
-
-def _write_figure(rows: list[study.Row], stem: Path) -> list[Path]:
-    """Write `stem.png`, and `stem.html` with picture and tables in one file."""
-    fig: Any = study.figure(rows)
-    png, page, svg = stem.with_suffix(".png"), stem.with_suffix(".html"), io.StringIO()
-    fig.savefig(png, dpi=110)
-    fig.savefig(svg, format="svg")
-    parts = []
-    for table in study.tables(rows):
-        lines = ["".join(f"<td>{html.escape(c)}</td>" for c in cells) for cells in table.cells]
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in table.head)
-        body = "\n".join(f"<tr>{line}</tr>" for line in (head, *lines))
-        parts.append(f"<h2>{html.escape(table.title)}</h2>\n<table>{body}</table>")
-    tables = "\n".join(parts)
-    page.write_text(
-        f"""<!doctype html><meta charset="utf-8"><title>{TITLE}</title>
-<style>body{{font:15px system-ui,sans-serif;margin:2em;color:#222}} h2{{font-size:1.1em;margin-top:2em}}
-svg{{max-width:100%;height:auto}} table{{border-collapse:collapse}}
-td,th{{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}}
-td:first-child,th:first-child{{text-align:left;font-family:monospace}}</style>
-<h1>{TITLE}</h1>
-{svg.getvalue()[svg.getvalue().index("<svg") :]}
-{tables}
-<p>Brackets are 95 % intervals.</p>
-""",
-        encoding="utf-8",
-    )
-    return [png, page]

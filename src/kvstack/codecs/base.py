@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvstack.codecs import checks
+from kvstack import checks
 
 Codes = tuple[Tensor, ...]
 Side = Literal["key", "value"]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvstack.codecs import checks
+from kvstack import checks
 from kvstack.codecs.base import Codec, Codes, Context, Field, Precision, Side
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

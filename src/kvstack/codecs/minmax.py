@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvstack.codecs import checks
+from kvstack import checks
 from kvstack.codecs.base import Codec, Codes, Context, Field, Precision, Side
 from kvstack.codecs.packing import pack, packed_size, unpack
 

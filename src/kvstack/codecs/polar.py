@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvstack.codecs import checks, lloyd
+from kvstack import checks
+from kvstack.codecs import lloyd
 from kvstack.codecs.base import Codec, Codes, Context, Field, Precision, Side
 from kvstack.codecs.packing import pack, packed_size, unpack
 from kvstack.codecs.rotation import rotation

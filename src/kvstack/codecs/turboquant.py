@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstack.codecs import checks
+from kvstack import checks
 from kvstack.codecs.base import Codec, Codes, Context, Field, Precision, Side
 from kvstack.codecs.packing import pack, packed_size, unpack
 from kvstack.codecs.polar import PolarCodec

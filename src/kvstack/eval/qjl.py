@@ -15,7 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from kvstack.codecs import Context, Polar, TurboQuant
 from kvstack.codecs.base import Codec, Side
 from kvstack.codecs.lloyd import lloyd_max
 from kvstack.eval import metrics, runner
+from kvstack.eval.page import Table
 from kvstack.eval.suite import SuiteConfig
 from kvstack.recipe import Recipe
 
@@ -213,14 +214,6 @@ def model(lm: Any, tokenizer: Any, text: str, cfg: SuiteConfig, progress: Progre
                 "bytes_difference": ours.bytes_per_token - polar.bytes_per_token,
             })  # fmt: skip
     return rows
-
-
-class Table(NamedTuple):
-    """A table of text for people."""
-
-    title: str
-    head: tuple[str, ...]
-    cells: list[tuple[str, ...]]
 
 
 def _said(row: Row, name: str, form: str, factor: float = 1.0) -> str:

@@ -1,7 +1,5 @@
 """Compare rows for people: a terminal table, and one plot of quality against bytes as PNG and as a self-contained HTML page."""
 
-import html
-import io
 import json
 import re
 import sys
@@ -10,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from kvstack.eval import curves, page
 
 Row = dict[str, Any]
 
@@ -90,27 +90,8 @@ def _family(recipe: str) -> str:
 
 def write_plots(rows: Sequence[Row], title: str, stem: Path) -> list[Path]:
     """Write `stem.png` and `stem.html` (table and picture in one file) and return their paths."""
-    fig = figure(rows, title)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    png, page = stem.with_suffix(".png"), stem.with_suffix(".html")
-    fig.savefig(png, dpi=130)
-    svg = io.StringIO()
-    fig.savefig(svg, format="svg")
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in _cells(rows[0]))
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(r).values()) + "</tr>" for r in rows)
-    page.write_text(
-        f"""<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>body{{font:15px system-ui,sans-serif;margin:2em;color:#222}} svg{{max-width:100%;height:auto}}
-table{{border-collapse:collapse;margin-top:1.5em}} td,th{{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}}
-td:first-child,th:first-child{{text-align:left;font-family:monospace}}</style>
-<h1>{html.escape(title)}</h1>
-{svg.getvalue()[svg.getvalue().index("<svg") :]}
-<table><tr>{head}</tr>
-{body}
-</table><p>Brackets are 95 % intervals. The ratio is bf16 bytes over measured bytes of the same tokens.</p>""",
-        encoding="utf-8",
-    )
-    return [png, page]
+    note = "Brackets are 95 % intervals. The ratio is bf16 bytes over measured bytes of the same tokens."
+    return page.write(stem, title, {"": figure(rows, title)}, [_as_table([_cells(row) for row in rows])], note)
 
 
 def markdown(files: Sequence[Path]) -> str:
@@ -118,15 +99,24 @@ def markdown(files: Sequence[Path]) -> str:
     parts = ["# Results\n\nMade from `results/*.json` by `make results`; brackets are 95 % intervals."]
     for path in files:
         found = json.loads(path.read_text("utf-8"))
-        lines = _lines(found["rows"])
-        if not lines:
+        rows = found["rows"]
+        shown = curves.compact(rows) if curves.are_mine(rows) else [_as_table(_lines(rows))]
+        if not shown[0].cells:
             continue
         env = found["environment"]
         machine = f"{env['gpu']['name'] if env['gpu'] else env['cpu']}, torch {env['torch']}, {env['date'][:10]}"
-        head = [list(lines[0]), ["---"] * len(lines[0])]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in (*head, *(line.values() for line in lines)))
-        parts.append(f"## {path.stem}\n\n{machine}\n\n```\n{found['command']}\n```\n\n{_legend(found['rows'][0])}{table}")
+        tables = "\n\n".join(map(_in_markdown, shown))
+        parts.append(f"## {path.stem}\n\n{machine}\n\n```\n{found['command']}\n```\n\n{_legend(rows[0])}{tables}")
     return "\n\n".join(parts) + "\n"
+
+
+def _as_table(lines: Sequence[dict[str, str]]) -> page.Table:
+    return page.Table("", tuple(lines[0]) if lines else (), [tuple(line.values()) for line in lines])
+
+
+def _in_markdown(table: page.Table) -> str:
+    lines = (table.head, ["---"] * len(table.head), *table.cells)
+    return (f"`{table.title}`\n\n" if table.title else "") + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _legend(row: dict[str, Any]) -> str:

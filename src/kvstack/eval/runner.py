@@ -48,6 +48,8 @@ class Scores:
 def logits_of(model: Any, recipe: Recipe, tokens: Tensor, profile: Any, chunk: int) -> tuple[Tensor, Cache]:
     """Logits `[B, T, V]` (float32) of every position, read through a cache of `recipe`, and that cache."""
     cache = Cache(model, recipe, profile=profile, prefill="strict")
+    if recipe.selection is not None:
+        chunk = min(chunk, recipe.selection.interval)  # what a longer one would see, decoding would not
     out = [
         model(input_ids=part, past_key_values=cache, use_cache=True).logits.float()
         for part in tokens.to(model.device).split(chunk, dim=1)

@@ -3,6 +3,7 @@
 A `Batch` holds sequences of one kind, padded on the right. Text: every token counts, and the bytes that the tokens stand for.
 Tasks: the items of each sample. Samples are drawn by name and seed, so any two recipes see the same ones.
 Models with another tokenizer than the lab's get the same samples as text, split at the borders of the answers.
+The task `dfs_public` has a length of its own; all others fill the length that is asked for.
 """
 
 from collections.abc import Sequence
@@ -15,20 +16,36 @@ import torch
 from torch import Tensor
 
 from kvstack.errors import BadInputError
+from kvstack.lab.public_dfs import DEPTHS, dfs_public
 from kvstack.lab.registry import bundled_model
 from kvstack.lab.tasks import QUOTED, TASKS, Sample, make
 from kvstack.lab.tokenizer import VOCABULARY, Words, load_tokenizer
 
+DFS_PUBLIC = "dfs_public"
+EVERY_TASK = (*TASKS, DFS_PUBLIC)
+# What users may set of a task, from least to most; whole numbers where these are whole.
+OPTIONS: dict[str, dict[str, tuple[float, float]]] = {
+    "recall": {"share": (0.0, 1.0)},
+    "quote": {"share": (0.0, 1.0)},
+    "chain": {"variables": (2, 26)},
+    "modular": {"labels": (1, 26)},
+    DFS_PUBLIC: {"depth": (DEPTHS[0], DEPTHS[-1])},
+}
+
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens `[B, T]` padded on the right; lengths: tokens per row; items: answer spans per row; nbytes: text bytes per row."""
+    """tokens `[B, T]` padded on the right; lengths: tokens per row; items: answer spans per row; nbytes: text bytes per row.
+
+    working_sets: tokens of each row that any solver must keep.
+    """
 
     kind: str
     tokens: Tensor
     lengths: tuple[int, ...]
     items: tuple[tuple[tuple[int, int], ...], ...] = ()
     nbytes: tuple[int, ...] = ()
+    working_sets: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,11 +101,16 @@ def retokenised(sample: Sample, lab: Any, tokenizer: Any) -> Sample:
     return out
 
 
+def check_task(name: str) -> None:
+    """Raise BadInputError unless there is a task `name`."""
+    if name not in EVERY_TASK:
+        raise BadInputError(f"There is no task {name!r}. Choose from: {', '.join(EVERY_TASK)}.")
+
+
 def task_batches(tokenizer: Any, text: str, cfg: SuiteConfig) -> list[Batch]:
     """`cfg.task_samples` of every task in `cfg.tasks`."""
-    unknown = [t for t in cfg.tasks if t not in TASKS]
-    if unknown:
-        raise BadInputError(f"There is no task {unknown[0]!r}. Choose from: {', '.join(TASKS)}.")
+    for name in cfg.tasks:
+        check_task(name)
     lab = load_tokenizer(bundled_model())
     native = len(tokenizer) == VOCABULARY and tokenizer.get_vocab() == lab.get_vocab()
     words, quotes = Words(lab), lab.encode(text[:400_000], add_special_tokens=False)
@@ -97,7 +119,11 @@ def task_batches(tokenizer: Any, text: str, cfg: SuiteConfig) -> list[Batch]:
     out = []
     for name in cfg.tasks:
         rng = Random(f"{cfg.seed}/{name}/{cfg.length}")
-        samples = [make(name, words, rng, cfg.length, quotes, **cfg.options.get(name, {})) for _ in range(cfg.task_samples)]
+        options = cfg.options.get(name, {})
+        samples = [
+            dfs_public(words, rng, **options) if name == DFS_PUBLIC else make(name, words, rng, cfg.length, quotes, **options)
+            for _ in range(cfg.task_samples)
+        ]
         if not native:
             samples = [retokenised(s, lab, tokenizer) for s in samples]
         for at in range(0, len(samples), cfg.batch):
@@ -108,6 +134,7 @@ def task_batches(tokenizer: Any, text: str, cfg: SuiteConfig) -> list[Batch]:
                     _pad([s.tokens for s in part], 0),
                     tuple(len(s.tokens) for s in part),
                     items=tuple(tuple(s.items) for s in part),
+                    working_sets=tuple(s.working_set * len(s.tokens) for s in part),
                 )
             )
     return out

@@ -24,17 +24,20 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvstack import artefact
-from kvstack.cache.store import LayerStore, Prefill
+from kvstack.cache.selection import Council, council
+from kvstack.cache.store import LayerStore, Prefill, build_codecs, under
 from kvstack.codecs.base import Context
 from kvstack.errors import ArtefactError, BadInputError, UnsupportedModelError
 from kvstack.fingerprint import fingerprint
 from kvstack.hf import models
 from kvstack.hf.attention import NAME, Fresh, Slots
 from kvstack.hf.report import Report, TierReport
+from kvstack.hf.selection import Known, known
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
+from kvstack.scorers.base import Future
 
-FORMAT, VERSION = "kvstack.cache", 1
+FORMAT, VERSION = "kvstack.cache", 2
 
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -44,12 +47,23 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, recipe: Recipe, profile: Profile | None, prefill: Prefill, config: Any, index: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        profile: Profile | None,
+        prefill: Prefill,
+        config: Any,
+        index: int,
+        known: Known | None,
+        council: Council | None,
+    ) -> None:
         super().__init__()
         # No reference to the cache: a cycle would keep the memory until the garbage collector comes. Weak ones to the model's things:
         # a copied cache (`copy.deepcopy`, for a prompt that is used again) must not copy the model.
         self.recipe, self.prefill, self.config, self.index = recipe, prefill, weakref.ref(config), index
         self.centres = (None, None) if profile is None else (profile.key_centre[index], profile.value_centre[index])
+        self.known, self.council = known, council
+        self.future: Future | None = None  # set by evaluations, for scorers that ask for it
         self.slots = 0
         self.store: LayerStore | None = None
 
@@ -59,7 +73,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             Context(x.shape[-1], x.shape[1], x.dtype, x.device, centre)
             for x, centre in zip((key_states, value_states), self.centres, strict=True)
         )
-        self.store = LayerStore(self.recipe, key_states.shape[0], key, value)
+        scorer = None if self.known is None else self.known.scorer(key, self.index, self.future)
+        self.store = LayerStore(self.recipe, key_states.shape[0], key, value, scorer, self.council)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -147,12 +162,16 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         if profile is not None:
             profile.check(model)
         self._build_once(model)
+        facts = known(model, self.recipe, profile)
         models.use(model, NAME)
         self._model = weakref.ref(model)
         config = model.config.get_text_config(decoder=True)
+        plain = DynamicCache(config=config).layers
+        selection = self.recipe.selection
+        self._council = None if selection is None else council(selection, sum(not layer.is_sliding for layer in plain))
         layers = [
-            layer if layer.is_sliding else CompressedLayer(self.recipe, profile, prefill, config, i)
-            for i, layer in enumerate(DynamicCache(config=config).layers)
+            layer if layer.is_sliding else CompressedLayer(self.recipe, profile, prefill, config, i, facts, self._council)
+            for i, layer in enumerate(plain)
         ]
         super().__init__(layers=layers)
         if all(layer.is_sliding for layer in layers):
@@ -170,17 +189,17 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     def _build_once(self, model: Any) -> None:
         """Let a recipe that does not fit the model fail now and not in the middle of a forward."""
-        size = models.head_dim(model)
-        profile = self.profile
-        for side in ("key", "value"):
-            centre = None if profile is None else getattr(profile, f"{side}_centre")[0]
-            self.recipe.precision.build(side, Context(size, 1, torch.float32, torch.device("cpu"), centre))
+        size, cpu, profile = models.head_dim(model), torch.device("cpu"), self.profile
+        centres = (None, None) if profile is None else (profile.key_centre[0], profile.value_centre[0])
+        build_codecs(self.recipe, *(Context(size, 1, torch.float32, cpu, centre) for centre in centres))
 
     def reset(self) -> None:
         """Forget everything and give the memory back; transformers' own layers would keep zeros."""
         self.layers = [type(layer)(layer.sliding_window) if layer.is_sliding else layer for layer in self.layers]
         for layer in self.layers:
             layer.reset()
+        if self._council is not None:
+            self._council.waiting.clear()
 
     @property
     def _compressed(self) -> list[CompressedLayer]:
@@ -200,7 +219,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]
 
     @property
     def bf16_nbytes(self) -> int:
-        """Bytes that the same tokens take in bf16, without padding and slack; sliding layers hold no more than their window."""
+        """Bytes that the tokens which came take in bf16, evicted ones too, without padding and slack; sliding layers hold no more than
+        their window."""
         total = 0
         for layer in self.layers:
             if not isinstance(layer, CompressedLayer):
@@ -208,6 +228,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             elif layer.store is not None:
                 key, value = layer.store.window.codecs
                 heads = layer.store.window.buffers[0][0].shape[1]
+                heads *= layer.store.split
                 total += 2 * int(layer.store.lengths.sum()) * heads * (key.fields[0].shape[0] + value.fields[0].shape[0])
         return total
 
@@ -223,7 +244,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             held = (
                 {"sliding": (layer.keys.shape[2] * layer.keys.shape[0] if layer.is_initialized else 0, _held(layer))}
                 if not isinstance(layer, CompressedLayer)
-                else {} if layer.store is None else {n: (int(t.lengths.sum()), t.nbytes) for n, t in layer.store.tiers.items()}
+                else {} if layer.store is None else _held_by(layer.store)
             )  # fmt: skip
             for name, (tokens, nbytes) in held.items():
                 before = tiers.get(name, (0, 0))
@@ -238,8 +259,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
         for i, layer in enumerate(self.layers):
             slots.append(layer.get_seq_length())
             if isinstance(layer, CompressedLayer):
-                tiers = {} if layer.store is None else layer.store.tiers
-                tensors |= {f"{i}.{tier}.{n}": t for tier, held in tiers.items() for n, t in held.state().items()}
+                tensors |= {} if layer.store is None else {f"{i}.{name}": t for name, t in layer.store.state().items()}
             elif layer.is_initialized:
                 tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
         about = {"recipe": str(self.recipe), "prefill": self.prefill, "fingerprint": fingerprint(self.model), "slots": slots}
@@ -282,14 +302,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]
             if not n:
                 continue
             if isinstance(layer, CompressedLayer):
-                named = {name: _under(tensors, f"{i}.{name}.") for name in ("sinks", "window", "body")}
+                state = under(tensors, f"{i}.")
                 # The window has the type of the keys that filled it, or 16 bits, and a store for either is the same.
-                window = named["window"]
-                key, value = (t.new_empty(*t.shape, device=model.device) for t in (window["key.x"], window["value.x"]))
+                rows, window = len(state["lengths"]), (state["window.key.x"], state["window.value.x"])
+                key, value = (t.new_empty(rows, t[..., 0, 0].numel() // rows, 0, t.shape[-1], device=model.device) for t in window)
                 layer.lazy_initialization(key, value)
                 assert layer.store is not None
-                for name, tier in layer.store.tiers.items():
-                    tier.load_state(named[name])
+                layer.store.load_state(state)
                 layer.slots = n
             else:
                 key, value = (tensors[f"{i}.{side}"].to(model.device) for side in ("keys", "values"))
@@ -297,8 +316,10 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 layer.keys, layer.values, layer.cumulative_length = key, value, n
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _held_by(store: LayerStore) -> dict[str, tuple[int, int]]:
+    """Tokens (of a KV head, in the mean) and bytes of every tier of a store."""
+    held = {name: (int(t.lengths.sum()) // store.split, t.nbytes) for name, t in store.tiers.items()}
+    return held if store.chooser is None else held | {"selection": (0, store.chooser.nbytes)}
 
 
 def _held(layer: DynamicSlidingWindowLayer) -> int:

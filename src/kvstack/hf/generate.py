@@ -111,6 +111,7 @@ def generate(
     loop = DecodeLoop(model, cache, _read(model, cache, prompts), max_new_tokens, choice, _ends(eos_token_id), pad_token_id)
     left = max_new_tokens - 1  # the first token is the prompt's
     for _ in range(min(PLAIN_STEPS, left) if graph else 0):
+        loop.evict_if_due()
         loop.step()
         left -= 1
     step = recorded(loop.step) if graph and left else loop.step
@@ -119,6 +120,7 @@ def generate(
     while timed < left:
         if loop.ends and timed % LOOK == 0 and bool(loop.done.all()):
             break
+        loop.evict_if_due()
         step()
         timed += 1
     _wait(model)
@@ -141,6 +143,7 @@ class DecodeLoop:
         self.tokens = torch.full((len(token), max_new_tokens), pad, device=token.device)
         self.tokens[:, 0] = token
         self.at = torch.ones(len(token), 1, dtype=torch.long, device=token.device)
+        self.since = 0  # steps since an eviction, or the prompt
 
     def step(self) -> None:
         """Read one token of every row, choose the next one and store it."""
@@ -153,6 +156,16 @@ class DecodeLoop:
         self.token.copy_(token[:, None])
         self.tokens.scatter_(1, self.at, self.token)
         self.at += 1
+
+    def evict_if_due(self) -> None:
+        """Call it before every step: after as many as the selection's interval, tokens are evicted."""
+        selection = self.cache.recipe.selection
+        if selection is None:
+            return
+        if self.since == selection.interval:
+            self.cache.evict()
+            self.since = 0
+        self.since += 1
 
     def _mark(self, token: Tensor) -> None:
         for end in self.ends:

@@ -16,9 +16,10 @@ from transformers.cache_utils import CacheLayerMixin
 from kvstack.cache.static import Size, StaticStore, Steps
 from kvstack.codecs import Exact
 from kvstack.codecs.base import Codec, Context, Side
-from kvstack.errors import KVStackError, UnsupportedModelError
+from kvstack.errors import KVStackError, RecipeError, UnsupportedModelError
 from kvstack.hf import models
 from kvstack.hf.attention import NAME, Fresh, Slots
+from kvstack.hf.selection import Known, known
 from kvstack.kernels.codes import page_format
 from kvstack.kernels.decode import choose
 from kvstack.profile import Profile
@@ -31,10 +32,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, recipe: Recipe, steps: Steps, profile: Profile | None, index: int) -> None:
+    def __init__(self, recipe: Recipe, steps: Steps, profile: Profile | None, index: int, known: Known | None) -> None:
         super().__init__()
         self.recipe, self.steps, self.index = recipe, steps, index
         self.centres = (None, None) if profile is None else (profile.key_centre[index], profile.value_centre[index])
+        self.known = known
         self.store: StaticStore | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -43,7 +45,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             Context(x.shape[-1], x.shape[1], x.dtype, x.device, centre)
             for x, centre in zip((key_states, value_states), self.centres, strict=True)
         )
-        self.store, self.is_initialized = StaticStore(self.recipe, self.steps, key, value), True
+        scorer = None if self.known is None else self.known.scorer(key, self.index)
+        self.store, self.is_initialized = StaticStore(self.recipe, self.steps, key, value, scorer), True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See transformers; the attention function stores them."""
@@ -84,14 +87,25 @@ class StaticCache(transformers.Cache):  # type: ignore[misc]
             )
         models.use(model, NAME)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        # Where no kernel reads pages of 16 bits, all tokens are window.
-        exact = isinstance(recipe.precision, Exact) and choose(model.device).name != "hopper"
+        # Where no kernel reads pages of 16 bits, all tokens are window, unless some shall leave.
+        exact = recipe.selection is None and isinstance(recipe.precision, Exact) and choose(model.device).name != "hopper"
         if not exact:
             _check_pages(model, recipe, profile)
+        facts = known(model, recipe, profile)
+        if facts is not None:
+            _check_selection(facts, Context(models.head_dim(model), heads, model.dtype, model.device))
         self.steps = Steps(
             Size(batch, heads, capacity), 0 if exact else recipe.sinks, capacity if exact else recipe.window, model.device
         )
-        super().__init__(layers=[_Layer(recipe, self.steps, profile, i) for i in range(len(plain))])
+        self.recipe = recipe
+        super().__init__(layers=[_Layer(recipe, self.steps, profile, i, facts) for i in range(len(plain))])
+
+    def evict(self) -> None:
+        """Take from every row what is above its budget: after every `interval` steps, between two of them."""
+        stores = [layer.store for layer in self.layers]
+        for store in stores:
+            store.evict()
+        self.steps.evict(stores[0].places)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +133,18 @@ def obstacle(model: Any, recipe: Recipe, profile: Profile | None = None) -> str 
     except KVStackError as e:
         return str(e)
     return None
+
+
+def _check_selection(facts: Known, key: Context) -> None:
+    """Raise RecipeError for a selection that the store cannot follow."""
+    selection = facts.selection
+    if "future" in selection.needs:
+        raise RecipeError("The oracle knows the future in evaluations only. Use another scorer.")
+    if selection.heads != "separate" or selection.prompt != "compress":
+        raise RecipeError("Decoding by graph takes heads=separate and prompt=compress only. For others use `kvstack.Cache`.")
+    scorer = facts.scorer(key, 0)
+    if scorer.queries or scorer.records:
+        raise RecipeError("This scorer looks at more than keys and values, which decoding by graph does not keep. Use `kvstack.Cache`.")
 
 
 def _check_pages(model: Any, recipe: Recipe, profile: Profile | None) -> None:

@@ -52,27 +52,46 @@ def attend(q: Tensor, key: Side, value: Side, mask: Tensor | None, shape: Shape)
     mask: `[B, T, N]` bool (B and T may be 1), true where the query sees the token; None: it sees all.
     """
     b, hq, t, _ = q.shape
-    k = key.codec.latent(key.codes)  # [B, H, N, Dl]
-    v = value.codec.latent(value.codes)
-    h, n = k.shape[1], k.shape[2]
-    grouped = q.float().reshape(b, h, -1, q.shape[-1])  # [B, H, G * T, D]
+    v = value.codec.latent(value.codes)  # [B, H, N, Dl]
+    h, n = v.shape[1], v.shape[2]
     if mask is not None:
-        seen = mask.any(-2)[:, None, :, None]
-        k, v = k.masked_fill(~seen, 0), v.masked_fill(~seen, 0)
-    logits = key.codec.project(grouped) @ k.transpose(-1, -2)
-    if key.codec.centre is not None:
-        logits = logits + (grouped * key.codec.centre[:, None]).sum(-1, keepdim=True)
-    logits = (logits * shape.scale).reshape(b, hq, t, n)
-    if shape.softcap is not None:
-        logits = shape.softcap * torch.tanh(logits / shape.softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None], -math.inf)
+        v = v.masked_fill(~mask.any(-2)[:, None, :, None], 0)
+    logits = _logits(q, key, mask, shape)
     top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = (logits - top).exp_()
     total = weights.sum(-1)  # [B, Hq, T]
     mean = (weights.reshape(b, h, -1, n) @ v) / total.reshape(b, h, -1, 1).clamp_min(1e-30)
     out = value.codec.unproject(mean).reshape(b, hq, t, -1)
     return Partial(out.masked_fill(total[..., None] == 0, 0), top[..., 0] + total.log())
+
+
+def _logits(q: Tensor, key: Side, mask: Tensor | None, shape: Shape) -> Tensor:
+    """Logits `[B, Hq, T, N]` of `attend`; -inf where the mask hides a token."""
+    b, hq, t, d = q.shape
+    k = key.codec.latent(key.codes)  # [B, H, N, Dl]
+    h, n = k.shape[1], k.shape[2]
+    grouped = q.float().reshape(b, h, -1, d)  # [B, H, G * T, D]
+    if mask is not None:
+        k = k.masked_fill(~mask.any(-2)[:, None, :, None], 0)
+    logits = key.codec.project(grouped) @ k.transpose(-1, -2)
+    if key.codec.centre is not None:
+        logits = logits + (grouped * key.codec.centre[:, None]).sum(-1, keepdim=True)
+    logits = (logits * shape.scale).reshape(b, hq, t, n)
+    if shape.softcap is not None:
+        logits = shape.softcap * torch.tanh(logits / shape.softcap)
+    return logits if mask is None else logits.masked_fill(~mask[:, None], -math.inf)
+
+
+def attention_weights(q: Tensor, tiers: Sequence[tuple[Side, Tensor]], shape: Shape, sink: Tensor | None = None) -> Tensor:
+    """The weights `[B, Hq, T, N1 + N2 + ...]` of one softmax over the keys of all tiers, each with its mask `[B, T, N]`.
+
+    Zero where a query does not see a token. sink: see `merge`.
+    """
+    logits = torch.cat([_logits(q, key, mask, shape) for key, mask in tiers], -1)
+    total = logits.logsumexp(-1, keepdim=True)
+    if sink is not None:
+        total = torch.logaddexp(total, sink.float()[None, :, None, None])
+    return (logits - total.clamp_min(torch.finfo(torch.float32).min)).exp()
 
 
 def attend_first(q: Tensor, key: Side, value: Side, shape: Shape) -> Tensor:

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from kvstack.calibrate import calibrate
+from kvstack.calibrate import add_forecast, calibrate
 from kvstack.errors import BadInputError
+from kvstack.lab.calibration import LENGTH, calibration_batches
 from kvstack.lab.data import Mixture, Stream
+from kvstack.lab.tasks import TASKS
 from kvstack.lab.text import digest, training_text, tuning_text
 from kvstack.lab.tokenizer import BOS, EOS, PAD, VOCABULARY, Words, load_tokenizer, train_tokenizer
 
@@ -202,11 +204,17 @@ def _save(
 
 
 def write_profile(folder: Path) -> None:
-    """Calibrate the lab model in `folder` on eight windows of the tuning text and write `profile.safetensors` beside it."""
+    """Calibrate the lab model in `folder` and write `profile.safetensors` beside it.
+
+    Statistics are of eight windows of the tuning text. The forecast is trained on that text and on samples of the tasks; a model with a
+    shorter context than these has none.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    text = tuning_text()
-    ids = load_tokenizer(folder).encode(text, add_special_tokens=False)
-    length = model.config.max_position_embeddings - 1
-    windows = [torch.tensor([[BOS, *ids[i * length : (i + 1) * length]]]) for i in range(8)]
-    calibrate(model, windows, source=f"tuning text {digest(text)}").save(folder / "profile.safetensors")
+    text, tok, context = tuning_text(), load_tokenizer(folder), model.config.max_position_embeddings
+    ids = tok.encode(text, add_special_tokens=False)
+    windows = [torch.tensor([[BOS, *ids[i * (context - 1) : (i + 1) * (context - 1)]]]) for i in range(8)]
+    profile = calibrate(model, windows, source=f"tuning text {digest(text)}")
+    if context >= LENGTH:
+        profile = add_forecast(profile, model, calibration_batches(tok, text), f"tuning text and {', '.join(TASKS)}")
+    profile.save(folder / "profile.safetensors")

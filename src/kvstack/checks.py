@@ -1,4 +1,4 @@
-"""The checks that all codecs share: of what a user gives as a field of a recipe, and of the numbers a model gives to encode."""
+"""Checks of what users give: fields of a recipe, and the numbers that a model gives to be cached."""
 
 from torch import Tensor
 

@@ -1,0 +1,32 @@
+"""Scores of tokens in pages that are linear in their keys and in the lengths of their bands: by a kernel on a GPU, elsewhere in torch.
+
+    out[b, h, g, n] = sum_j w[b, h, g, j] k_j + sum_f c[h, g, f] |k_f|        k = the key of token n of row b and head h
+
+That is TriAttention's score of every query head (`scorers.tri`, which derives it), with w = rope.vectors(W). Keys are those that the
+codes stand for, with their centre; band f of k is made of its coordinates rope.pairs[:, f]. Nothing is standardised or chosen here.
+"""
+
+import torch
+from torch import Tensor
+
+from kvstack.codecs.base import Codec
+from kvstack.kernels.codes import from_page
+from kvstack.kernels.decode import choose
+from kvstack.kernels.pages import Pages, read
+from kvstack.rope import Rope
+
+
+def score_linear(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> Tensor:
+    """Scores `[B, H, G, N]` float32 for all N = 128 * pages slots of the table; 0 behind the end of a row.
+
+    key: the codec of K. w: `[B, H, G, D]`, c: `[H, G, D / 2]`, both float32 and contiguous; G is 16 at most on a GPU. Launches depend
+    on shapes alone, so a CUDA graph can hold them if `rope` lies on the device.
+    """
+    if choose(w.device).name == "reference":
+        codes, _, scales = read(pages)
+        here = torch.arange(codes.shape[2], device=w.device) < pages.lengths[:, None, None]
+        keys = key.decode(from_page(key, codes, scales[..., 0])).masked_fill(~here[..., None], 0)
+        return torch.einsum("bhgd,bhnd->bhgn", w, keys) + torch.einsum("hgf,bhnf->bhgn", c, rope.bands(keys).abs())
+    from kvstack.kernels.linear import score_pages  # needs Triton
+
+    return score_pages(pages, key, rope, w, c)
