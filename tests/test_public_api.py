@@ -30,7 +30,7 @@ OPTIONS = {
     "run": ["model", "prompt", "recipe", "max_new_tokens", "temperature", "profile", "save_cache", "as_json"],
     "compare": [
         "model", "recipes", "budgets", "tasks", "task_options", "length", "text", "text_sequences", "samples", "batch", "seed",
-        "profile", "profile_for", "ratio_at", "against", "json_out", "plot",
+        "profile", "profile_for", "ratio_at", "against", "workers", "json_out", "plot",
     ],
     "calibrate": ["model", "out", "data", "tokens", "length", "covariance", "forecast", "tasks", "upstream", "from_upstream"],
     "inspect": ["profile", "plot", "layer", "as_json"],

@@ -3,6 +3,6 @@
 topk     all or nothing: which tokens stay
 """
 
-from kvstack.allocators.topk import kept
+from kvstack.allocators.topk import indices, kept
 
-__all__ = ["kept"]
+__all__ = ["indices", "kept"]

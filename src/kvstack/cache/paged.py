@@ -18,13 +18,14 @@ from kvstack.kernels.pages import PAGE, Pages, read, write
 from kvstack.kernels.reference import Side
 
 
-def has_pages(key: Codec, value: Codec, head_dim: int, device: torch.device) -> bool:
-    """Whether a kernel on `device` reads pages of these codecs."""
+def has_pages(key: Codec, value: Codec, head_dim: int, device: torch.device, ragged: bool = False) -> bool:
+    """Whether tokens of these codecs shall lie in pages: where a kernel on `device` reads them, and where rows are `ragged`, because
+    every row has pages of its own, and a buffer gives each what the longest needs."""
     try:
         page_format(head_dim, key, value)
     except RecipeError:
         return False
-    return choose(device, key, value).name != "reference"
+    return ragged or choose(device, key, value).name != "reference"
 
 
 class PagedTier(Tier):
@@ -52,7 +53,7 @@ class PagedTier(Tier):
     def body(self, lengths: Tensor) -> Body:
         """What kernels read: the first `lengths[b]` tokens of every row."""
         p = self.pages
-        if self._body is None or self._body.pages.pool is not p.pool or self._body.pages.table is not p.table:
+        if self._body is None:
             self._body = Body.of(Pages(p.format, p.pool, p.table, torch.zeros_like(p.lengths)), *self.codecs)
         body = self._body
         body.pages.lengths.copy_(lengths)
@@ -83,8 +84,9 @@ class PagedTier(Tier):
 
     @plainly
     def keep(self, index: Tensor, counts: Tensor) -> None:
-        """See `Tier.keep`. Pages that nothing is in go back to the pool, and when half of it is empty, the pool becomes smaller."""
-        device = self.pages.table.device
+        """See `Tier.keep`. Pages that nothing is in go back to the pool, which becomes smaller when half of it is empty now, or when
+        nobody has asked for an eighth of it since the last time."""
+        device, pool, idle = self.pages.table.device, len(self.pages.pool), len(self.free)
         compact(self.pages, index.to(device, torch.int32), counts.to(device, torch.int32))
         held = -(-counts // PAGE)
         table = self.pages.table.cpu()
@@ -92,7 +94,7 @@ class PagedTier(Tier):
             self.free += table[row, new:old].tolist()
         self.held = torch.minimum(self.held, held)
         self._set_lengths(counts)
-        if 2 * len(self.free) > len(self.pages.pool):
+        if 2 * len(self.free) > pool or 8 * idle > pool:
             self.select(torch.arange(len(counts)))
 
     @plainly
@@ -102,7 +104,7 @@ class PagedTier(Tier):
         held = -(-self.lengths[rows] // PAGE)
         ids = [p.table[int(row), : int(n)] for row, n in zip(rows, held, strict=True)]
         pool = p.pool[torch.cat(ids).long()] if len(ids) else p.pool[:0]
-        self.pages = Pages(p.format, pool, p.table[:0].new_zeros(len(rows), 0), p.lengths[:0].new_zeros(len(rows)))
+        self._replace(Pages(p.format, pool, p.table[:0].new_zeros(len(rows), 0), p.lengths[:0].new_zeros(len(rows))))
         lengths, self.held, self.used, self.free = self.lengths[rows], torch.zeros_like(held), 0, []
         self._reserve(lengths)
         self._set_lengths(lengths)
@@ -114,12 +116,16 @@ class PagedTier(Tier):
         lengths = plain.lengths
         self.held, self.used, self.free = torch.zeros_like(lengths), 0, []
         p = self.pages
-        self.pages = Pages(p.format, p.pool[:0], p.table.new_zeros(len(lengths), 0), p.lengths.new_zeros(len(lengths)))
+        self._replace(Pages(p.format, p.pool[:0], p.table.new_zeros(len(lengths), 0), p.lengths.new_zeros(len(lengths))))
         self._reserve(lengths)
         if plain.longest:
             (k, k_scale), (v, v_scale) = (to_page(side.codec, side.codes) for side in plain.sides())
             write(self.pages, k, v, torch.stack([k_scale, v_scale], -1), torch.zeros_like(lengths), lengths)
         self._set_lengths(lengths)
+
+    def _replace(self, pages: Pages) -> None:
+        """Another pool or table; a body that held the old ones would keep them in memory."""
+        self.pages, self._body = pages, None
 
     def _set_lengths(self, lengths: Tensor) -> None:
         p = self.pages
@@ -146,4 +152,5 @@ class PagedTier(Tier):
             size = self.used if not len(pool) else self.used + self.used // 128
             pool = pool.new_zeros(size, *pool.shape[1:])  # no NaN behind the ends of rows
             pool[: len(p.pool)] = p.pool
-        self.held, self.pages = held, Pages(p.format, pool, table.to(p.table.device), p.lengths)
+        self.held = held
+        self._replace(Pages(p.format, pool, table.to(p.table.device), p.lengths))

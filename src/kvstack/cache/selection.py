@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvstack.allocators import kept
-from kvstack.cache.tier import Tier
+from kvstack.cache.tier import Tier, plainly
 from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import BadInputError
 from kvstack.scorers.base import Scorer, Selection, View
@@ -67,7 +67,7 @@ class Chooser:
     @property
     def nbytes(self) -> int:
         """Bytes of records and queries."""
-        small = self.load.nbytes + self.prompt.nbytes + self.asked.nbytes
+        small = sum(t.nbytes for t in (self.load, self.prompt, self.fresh, self.asked))
         return small + (self.records.nbytes if self.scorer.records else 0) + (0 if self.queries is None else self.queries.nbytes)
 
     def joined(self, x: Tensor) -> Tensor:
@@ -78,15 +78,20 @@ class Chooser:
         """`x [B, H, ...]` as `[rows, heads, ...]`."""
         return x if self.split == 1 else x.reshape(len(x) * self.split, 1, *x.shape[2:])
 
-    def check(self, counts: Tensor, steps: int) -> None:
-        """Raise BadInputError when the prompt, of which `counts [B]` tokens come in a call of `steps`, must stay but does not fit."""
+    def check(self, counts: Tensor, steps: int, window: int) -> None:
+        """Raise BadInputError when the prompt, of which `counts [B]` tokens come in a call of `steps`, must stay but does not fit.
+
+        window: newest tokens that will stay beside it.
+        """
         longest = int((self.prompt + counts).max()) if self.reading and (steps > 1 or not int(self.prompt.max())) else 0
-        if self.selection.prompt == "error" and longest > self.selection.budget:
+        if self.selection.prompt == "error" and longest + window > self.selection.budget:
+            taken = f", of which {window} are for the window" if window else ""
             raise BadInputError(
-                f"The prompt has {longest} tokens, and the budget is {self.selection.budget}. Raise the budget, let the prompt be "
-                "compressed (prompt=compress), or let it stay on top of the budget (prompt=protect)."
+                f"The prompt has {longest} tokens, and the budget is {self.selection.budget}{taken}. Raise the budget, let the prompt "
+                "be compressed (prompt=compress), or let it stay on top of the budget (prompt=protect)."
             )
 
+    @plainly
     def come(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, counts: Tensor) -> None:
         """Note new queries `[B, Hq, T, D]`, keys and values `[B, H, T, D]`, of which the first `counts[b]` of row b count."""
         if self.reading and (q.shape[2] > 1 or not int(self.prompt.max())):
@@ -136,6 +141,7 @@ class Chooser:
         """Tokens `[B]` at the front of the body that stay, where `sinks [B]` have gone to the sinks already."""
         return torch.zeros_like(self.prompt) if self.selection.prompt == "compress" else (self.prompt - sinks).clamp_min(0)
 
+    @plainly
     def propose(
         self, due: Tensor, sinks: Tier, window: Tier, body: Tier, lengths: Tensor, scale: float, decided: Callable[[Tensor], None]
     ) -> None:
@@ -155,17 +161,16 @@ class Chooser:
         self.council.hand_in(scores, counts, decided)
 
     def _view(self, sinks: Tier, window: Tier, body: Tier, lengths: Tensor, scale: float) -> View:
-        keys = [tier.sides()[0] for tier in (body, sinks, window)]
-        key, *near = (self.joined(side.codec.decode(side.codes)) for side in keys)
+        stored = body.sides()
+        key, *near = (self.joined(s.codec.decode(s.codes)) for s in (stored[0], sinks.sides()[0], window.sides()[0]))
         b, heads, n, d = key.shape
         place = [torch.arange(tier.longest, device=key.device) for tier in (body, sinks, window)]
         held = body.lengths.reshape(b, -1).expand(-1, heads).to(key.device)[..., None]  # [B, H, 1]
         in_sinks, in_window = (tier.lengths[:: self.split].to(key.device)[:, None] for tier in (sinks, window))
         came, scorer = lengths.to(key.device)[:, None], self.scorer
-        value = body.sides()[1] if scorer.values else None
         return View(
             key=key,
-            value=None if value is None else self.joined(value.codec.decode(value.codes)),
+            value=self.joined(stored[1].codec.decode(stored[1].codes)) if scorer.values else None,
             valid=place[0] < held,
             age=in_window[..., None] + held - 1 - place[0],
             near_key=torch.cat(near, 2),
@@ -194,8 +199,13 @@ class Chooser:
         """Forget the newest `counts [B]` tokens. Raises BadInputError when one of them is not there any more."""
         if bool((counts > self.fresh).any()):
             n = int(self.fresh.min())
-            raise BadInputError(f"Only the newest {n} tokens can be removed: of those before, some are evicted. Read the prompt again.")
+            raise BadInputError(
+                f"Only the newest {n} tokens can be removed: of those before, some are evicted. Read the prompt again, or use a window "
+                "as long as what shall be removable."
+            )
         self.load, self.fresh = self.load - counts, self.fresh - counts
+        self.prompt = self.prompt.minimum(self.load)  # of a prompt that is not evicted, that is what is left
+        self.reading = self.reading or not int(self.load.max())
         if self.scorer.records:
             rows = counts.repeat_interleave(self.split)
             self.records.truncate(rows.minimum(self.records.lengths))

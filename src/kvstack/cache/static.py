@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvstack.allocators import kept
+from kvstack.allocators import indices, kept
 from kvstack.cache.store import build_codecs, exact_dtype
 from kvstack.codecs.base import Context
 from kvstack.codecs.exact import ExactCodec
@@ -29,6 +29,8 @@ from kvstack.kernels.reference import Shape, Side, attend, attend_first, merge
 from kvstack.kernels.score import score_linear
 from kvstack.recipe import Recipe
 from kvstack.scorers.base import Scorer, View
+
+DECODED = 2**26  # numbers of keys that are decoded at once when tokens leave
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ class StaticStore:
             p, old = self.body.pages, slice(self.steps.sinks, self.steps.sinks + count)
             part = Pages(p.format, p.pool, p.table[rows], p.lengths[rows])
             old_k, old_v = k[:, :, old], v[:, :, old]
-            if count > (places := self.places):
-                old_k, old_v = self._best(k, v, places, shape.scale)
-                self.steps.evicted[rows] = count - places
+            if count > self.places:
+                old_k, old_v = self._best(k, v, shape.scale)
+                self.steps.evicted[rows] = count - self.places
             counts = torch.full_like(part.lengths, old_k.shape[2])
             append(part, self.body.key, self.body.value, old_k, old_v, torch.zeros_like(counts), counts)
         key, value = (Side(ExactCodec(x.shape[-1], x.dtype), (x,)) for x in (k, v))
@@ -177,7 +179,7 @@ class StaticStore:
             return self.steps.size.capacity
         return self.recipe.selection.budget - self.steps.sinks - self.steps.window
 
-    def _best(self, k: Tensor, v: Tensor, places: int, scale: float) -> tuple[Tensor, Tensor]:
+    def _best(self, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Of the tokens of whole prompts `k, v [b, H, n, D]` between sinks and window, the `places` that the scorer wants most."""
         assert self.scorer is not None
         n, window = k.shape[2], self.steps.window
@@ -185,31 +187,37 @@ class StaticStore:
         keys = k[:, :, old].float()
         age = torch.arange(n - self.steps.sinks - 1, window - 1, -1, device=k.device).expand(keys.shape[:3])
         seen = torch.full(k.shape[:1], n, device=k.device)
-        view = View.of_keys(keys, v[:, :, old].float(), torch.ones_like(age, dtype=torch.bool), age, seen, scale)
-        (mask,) = kept([self.scorer.score(view)], [torch.full(k.shape[:2], places, device=k.device)], "separate")
-        at = _places(mask, places)[..., None] + self.steps.sinks
+        values = v[:, :, old].float() if self.scorer.values else None
+        view = View.of_keys(keys, values, torch.ones_like(age, dtype=torch.bool), age, seen, scale)
+        (mask,) = kept([self.scorer.score(view)], [torch.full(k.shape[:2], self.places, device=k.device)], "separate")
+        at = indices(mask, self.places).long()[..., None] + self.steps.sinks
         return k.take_along_dim(at, 2), v.take_along_dim(at, 2)
 
     def evict(self) -> None:
         """Leave the body of every row the `places` tokens that the scorer wants most, if it has more. The caller counts (`Steps`)."""
-        assert self.body is not None and self.scorer is not None
-        pages, at, places = self.body.pages, self.steps, self.places
+        assert self.scorer is not None
+        if self.body is None:  # sinks and window hold all
+            return
+        pages, at = self.body.pages, self.steps
         heads = pages.pool.shape[1]
         place = torch.arange(pages.table.shape[1] * PAGE, device=pages.table.device)
         valid = (place < at.body[:, None])[:, None].expand(-1, heads, -1)
         if (weights := self.scorer.linear(at.lengths)) is not None:
             scores = self.scorer.finish(score_linear(pages, self.body.key, *weights), valid)
         else:
-            key, value, _ = self.body.sides()
-            age = (at.window + at.body - 1)[:, None, None] - place
-            k, v = (side.codec.decode(side.codes) for side in (key, value))
-            scores = self.scorer.score(View.of_keys(k, v, valid, age.expand(valid.shape), at.lengths, self.scale))
-        counts = at.body.clamp_max(places)
+            rows = max(1, DECODED // (heads * len(place) * pages.format.head_dim))
+            scores = torch.cat([self._scores(self.body, valid, slice(i, i + rows)) for i in range(0, len(valid), rows)])
+        counts = at.body.clamp_max(self.places)
         (mask,) = kept([scores.masked_fill(~valid, -torch.inf)], [counts[:, None].expand(-1, heads)], "separate")
-        compact(pages, _places(mask, places).to(torch.int32), counts)
+        compact(pages, indices(mask, min(self.places, len(place))), counts)
 
-
-def _places(mask: Tensor, most: int) -> Tensor:
-    """Where `mask [B, H, N]` is true, `[B, H, most]`, ascending; anything behind that."""
-    n = mask.shape[-1]
-    return torch.where(mask, torch.arange(n, device=mask.device), n).sort(-1).values[..., :most].clamp_max(n - 1)
+    def _scores(self, body: Body, valid: Tensor, rows: slice) -> Tensor:
+        """Scores `[b, H, N]` of some rows, for scorers that no kernel serves: keys are decoded, and values if they are asked for."""
+        assert self.scorer is not None
+        at, pages, valid = self.steps, body.pages, valid[rows]
+        part = Body(Pages(pages.format, pages.pool, pages.table[rows], pages.lengths[rows]), body.key, body.value, body.cum)
+        key, value, _ = part.sides()
+        v = value.codec.decode(value.codes) if self.scorer.values else None
+        age = (at.window + at.body[rows] - 1)[:, None, None] - torch.arange(valid.shape[2], device=valid.device)
+        view = View.of_keys(key.codec.decode(key.codes), v, valid, age.expand(valid.shape), at.lengths[rows], self.scale)
+        return self.scorer.score(view)

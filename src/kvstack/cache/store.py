@@ -24,9 +24,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvstack.allocators import indices
 from kvstack.cache.paged import PagedTier, has_pages
 from kvstack.cache.selection import Chooser, Council
-from kvstack.cache.tier import Tier
+from kvstack.cache.tier import Tier, plainly
 from kvstack.codecs import Exact
 from kvstack.codecs.base import Codec, Context
 from kvstack.codecs.exact import ExactCodec
@@ -62,7 +63,7 @@ class LayerStore:
             return Tier(*pair, rows, heads, key.device)
 
         self.sinks, self.window = tier(exact), tier(exact)
-        paged = has_pages(*codecs, key.head_dim, key.device)
+        paged = has_pages(*codecs, key.head_dim, key.device, ragged=pooled)
         self.body = PagedTier(*codecs, rows, heads, key.device) if paged else tier(codecs)
         self.padding = torch.zeros(batch, dtype=torch.bool)  # rows that end in padding
         self.lengths = torch.zeros(batch, dtype=torch.long)  # real tokens of each row that came, on the CPU
@@ -83,7 +84,11 @@ class LayerStore:
         return sum(t.nbytes for t in self.tiers.values()) + (0 if self.chooser is None else self.chooser.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Store `k, v [B, H, T, D]` without attention. Nothing is evicted."""
+        """Store `k, v [B, H, T, D]` without attention. Raises RecipeError for recipes with a selection, which looks at queries."""
+        if self.chooser is not None:
+            raise RecipeError(
+                "Tokens without queries are given, and a selection looks at these. Leave the selection out of the recipe."
+            )
         counts = torch.full_like(self.lengths, k.shape[2])
         self.window.append(self._parted(k), self._parted(v), self._of_rows(counts))
         self.lengths = self.lengths + counts
@@ -116,7 +121,7 @@ class LayerStore:
         chooser = self.chooser
         if chooser is not None:
             _check_call(chooser, t, prefill, sink)
-            chooser.check(counts, t)
+            chooser.check(counts, t, self.recipe.window)
         rows = self._of_rows
         seen = _Seen(
             rows(before),
@@ -193,6 +198,7 @@ class LayerStore:
         ripe = torch.maximum(ripe, body + evicted)
         return visible & ((token < self.recipe.sinks) | (token >= self.recipe.sinks + ripe)), ripe - evicted
 
+    @plainly
     def _observe(self, q: Tensor, seen: "_Seen", shape: Shape, sink: Tensor | None) -> None:
         """Show the scorer what attention the tokens of body and window get, which are those that were there before and the new ones.
 
@@ -229,8 +235,7 @@ class LayerStore:
         assert self.chooser is not None
         mask = self.chooser.parted(mask)
         counts, body = mask.sum(-1)[:, 0].cpu(), self.body.lengths
-        place = torch.arange(mask.shape[-1], device=mask.device)
-        index = torch.where(mask, place, mask.shape[-1]).sort(-1).values[..., : int(counts.max())].clamp_max(max(0, mask.shape[-1] - 1))
+        index = indices(mask, int(counts.max()))
         self.body.keep(index, counts)
         self.chooser.keep(index, counts, body, self.window.lengths)
 
@@ -360,7 +365,6 @@ def _check_call(chooser: Chooser, steps: int, prefill: Prefill, sink: Tensor | N
 
 def _left_aligned(x: Tensor, valid: Tensor) -> Tensor:
     """`x [B, H, T, D]` with the valid tokens of every row moved to its front; zero behind them."""
-    out = torch.zeros_like(x)
-    for b, row in enumerate(valid):
-        out[b, :, : int(row.sum())] = x[b][:, row.to(x.device)]
-    return out
+    order = valid.to(x.device).argsort(dim=1, descending=True, stable=True)
+    behind = torch.arange(x.shape[2], device=x.device) >= valid.to(x.device).sum(1, keepdim=True)
+    return x.take_along_dim(order[:, None, :, None], 2).masked_fill(behind[:, None, :, None], 0)

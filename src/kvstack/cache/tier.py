@@ -113,9 +113,8 @@ class Tier:
         assert self.block == 1, "single tokens leave only tiers that store them one by one"
 
         def taken(t: Tensor) -> Tensor:
-            at = index.to(t.device).reshape(*index.shape, *[1] * (t.ndim - 3)).expand(*index.shape, *t.shape[3:])
-            raw = t.view(torch.uint8) if t.dtype.itemsize == 1 else t  # torch gathers no float8
-            return raw.gather(2, at).view(t.dtype)
+            at = index.to(t.device, torch.long).reshape(*index.shape, *[1] * (t.ndim - 3)).expand(*index.shape, *t.shape[3:])
+            return _movable(t).gather(2, at).view(t.dtype)
 
         self._map(taken)
         self.lengths = counts
@@ -144,7 +143,7 @@ class Tier:
             for field, t in zip(side.codec.fields, side.codes, strict=True):
                 # What lies behind the end of a row is memory that nobody wrote: it has no place in a file.
                 real = _below(self.lengths // side.codec.block, t.shape[2], t.device).reshape(len(t), 1, -1, *[1] * (t.ndim - 3))
-                named[f"{name}.{field.name}"] = torch.where(real, t.view(torch.uint8) if t.dtype.itemsize == 1 else t, 0).view(t.dtype)
+                named[f"{name}.{field.name}"] = torch.where(real, _movable(t), 0).view(t.dtype)
         return {"lengths": self.lengths, **named}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -177,6 +176,11 @@ def _grown(t: Tensor, tokens: int, block: int) -> Tensor:
     return new
 
 
+def _movable(t: Tensor) -> Tensor:
+    """`t`, or its bytes where it has float8 numbers, which torch neither gathers nor chooses."""
+    return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+
+
 def _rows(counts: Tensor) -> Sequence[tuple[slice, int]]:
     """Batch rows that can be moved together: all at once when their counts agree, else one by one."""
     if bool((counts == counts[0]).all()):
@@ -186,11 +190,13 @@ def _rows(counts: Tensor) -> Sequence[tuple[slice, int]]:
 
 def _write(buffer: Tensor, new: Tensor, starts: Tensor, counts: Tensor) -> None:
     """Copy the first `counts[b]` items of row b of `new` to `starts[b]` of the buffer."""
-    together = bool((starts == starts[0]).all())
-    rows = _rows(counts) if together else [(slice(b, b + 1), int(n)) for b, n in enumerate(counts)]
-    for row, n in rows:
-        start = int(starts[row][0])
-        buffer[row, :, start : start + n] = new[row, :, :n]
+    if bool((starts == starts[0]).all()) and bool((counts == counts[0]).all()):
+        start, n = int(starts[0]), int(counts[0])
+        buffer[:, :, start : start + n] = new[:, :, :n]
+        return
+    row, item = (torch.arange(int(counts.max())) < counts[:, None]).nonzero(as_tuple=True)
+    at = [x.to(buffer.device) for x in (row, starts[row] + item, item)]
+    _movable(buffer)[at[0], :, at[1]] = _movable(new)[at[0], :, at[2]]
 
 
 def _shifted(t: Tensor, counts: Tensor, longest: int) -> Tensor:

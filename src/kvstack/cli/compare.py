@@ -59,6 +59,9 @@ def compare(
     profile_for: Annotated[str, typer.Option(help="Other profiles for single tasks, with --budgets: recall=out/other, ...")] = "",
     ratio_at: Annotated[str, typer.Option(help="Lengths at which the ratio is measured too, e.g. 4096, 65536.")] = "",
     against: Annotated[str | None, typer.Option(help="One of the recipes, to which the others' paired differences are given.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="With --budgets: processes that share the work, each with the model in its memory.")
+    ] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: this path with .png and .html.")] = None,
 ) -> None:
@@ -77,7 +80,9 @@ def compare(
         lm, tokenizer = load(model)
         profiles = dict.fromkeys(chosen, Profile.load(profile) if profile else load_profile(model)) | _profiles(profile_for)
         with _progress() as progress:
-            found = selection.evaluate(lm, model, tokenizer, split(recipes), shares, cfg, read_text(text), profiles, against, progress)
+            found = selection.evaluate(
+                lm, model, tokenizer, split(recipes), shares, cfg, read_text(text), profiles, against, progress, workers
+            )
         _show_budgets(found, f"{model}, tasks of {length} tokens, {samples} samples each", json_out, plot)
         return
     if profile_for:

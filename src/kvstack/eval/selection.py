@@ -21,8 +21,11 @@ i-th samples of all tasks:
 Nothing here prints or plots; see `curves`.
 """
 
+import multiprocessing
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +40,7 @@ from kvstack.eval.runner import REFERENCE
 from kvstack.eval.suite import DFS_PUBLIC, Batch, SuiteConfig, task_batches
 from kvstack.hf import models
 from kvstack.hf.cache import Cache, CompressedLayer
+from kvstack.lab.registry import load
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
 from kvstack.scorers.base import Future
@@ -155,11 +159,13 @@ def evaluate(
     profiles: Mapping[str, Profile | None],
     against: str | None = None,
     progress: Callable[[int, int], None] = _no_progress,
+    workers: int = 0,
 ) -> list[Row]:
     """The rows of `recipes` of the model `name` at `budgets`, on the tasks of `cfg`.
 
-    text: to quote from. profiles: of each task. against: the rival, one of the recipes. Raises BadInputError for samples that do not
-    fit the model or that are too few for an interval, and RecipeError for a recipe that does not parse or leaves none to select.
+    text: to quote from. profiles: of each task. against: the rival, one of the recipes. workers: processes that share the work, each
+    with the model `name` of its own (a small model leaves a GPU idle); 0 for this one alone. Raises BadInputError for samples that do
+    not fit the model or that are too few for an interval, and RecipeError for a recipe that does not parse or leaves none to select.
     """
     cells = _cells([REFERENCE, *recipes], budgets, cfg.length)
     rival = None if against is None else _rival(against, cells, budgets, cfg.length)
@@ -174,17 +180,13 @@ def evaluate(
                 Cache(model, cell.recipe(length), profile=profiles[task])
             except RecipeError as e:
                 raise RecipeError(f"{e}\nThis is the task {task} with samples of {length} tokens.") from e
-    measured = {(cell, task): Measured() for cell in cells for task in cfg.tasks}
-    done = 0
-    for batch in batches:
-        future = None
-        for cell in cells:
-            recipe = cell.recipe(lengths[batch.kind])
-            if recipe.selection is not None and "future" in recipe.selection.needs:
-                future = future or futures(model, batch.tokens, batch.lengths)
-            _add(measured[cell, batch.kind], batch, *read(model, recipe, batch, profiles[batch.kind], future))
-            done += 1
-            progress(done, len(batches) * len(cells))
+    jobs = [(cell, task) for task in cfg.tasks for cell in cells]
+    works = [(cell.recipe(lengths[task]), task) for cell, task in jobs]
+    measured = {}
+    with _workers(workers, model, name, batches, profiles) as results:
+        for i, (job, found) in enumerate(zip(jobs, results(works), strict=True)):
+            measured[job] = found
+            progress(i + 1, len(jobs))
     needed = {task: float(np.mean([w for b in batches if b.kind == task for w in b.working_sets])) for task in cfg.tasks}
     if len(cfg.tasks) > 1:
         lengths[MEAN], needed[MEAN] = cfg.length, float(np.mean(list(needed.values())))
@@ -217,12 +219,48 @@ def _length(task: str, batches: Sequence[Batch], cfg: SuiteConfig) -> int:
     return longest if task == DFS_PUBLIC else max(cfg.length, longest)
 
 
-def _add(out: Measured, batch: Batch, choices: Tensor, cache: Cache, peak: int) -> None:
-    for row in zip(choices, batch.tokens, batch.items, batch.lengths, strict=True):
-        out.values.append(share_right(*row))
-    out.read += cache.bf16_nbytes
-    out.held += cache.nbytes
-    out.peak = max(out.peak, peak / len(batch.tokens))
+Work = tuple[Recipe, str]  # on a task
+
+
+def _measure(model: Any, batches: Sequence[Batch], profiles: Mapping[str, Profile | None], work: Work) -> Measured:
+    """What one recipe does on one task."""
+    recipe, task = work
+    out = Measured()
+    for batch in (b for b in batches if b.kind == task):
+        future = None
+        if recipe.selection is not None and "future" in recipe.selection.needs:
+            future = futures(model, batch.tokens, batch.lengths)
+        choices, cache, peak = read(model, recipe, batch, profiles[task], future)
+        for row in zip(choices, batch.tokens, batch.items, batch.lengths, strict=True):
+            out.values.append(share_right(*row))
+        out.read += cache.bf16_nbytes
+        out.held += cache.nbytes
+        out.peak = max(out.peak, peak / len(batch.tokens))
+    return out
+
+
+@contextmanager
+def _workers(
+    count: int, model: Any, name: str, batches: Sequence[Batch], profiles: Mapping[str, Profile | None]
+) -> Iterator[Callable[[Sequence[Work]], Iterable[Measured]]]:
+    """A function that measures works in order: here, or in `count` processes."""
+    if not count:
+        yield lambda works: (_measure(model, batches, profiles, work) for work in works)
+        return
+    fresh = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
+    with ProcessPoolExecutor(count, fresh, _begin, (name, batches, profiles)) as pool:
+        yield lambda works: pool.map(_work, works)
+
+
+_held: dict[str, Any] = {}  # of a worker
+
+
+def _begin(name: str, batches: Sequence[Batch], profiles: Mapping[str, Profile | None]) -> None:
+    _held.update(model=load(name)[0], batches=batches, profiles=profiles)
+
+
+def _work(work: Work) -> Measured:
+    return _measure(_held["model"], _held["batches"], _held["profiles"], work)
 
 
 def _mean(tasks: Sequence[Measured]) -> Measured:

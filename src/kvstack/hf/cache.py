@@ -305,7 +305,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]
                 state = under(tensors, f"{i}.")
                 # The window has the type of the keys that filled it, or 16 bits, and a store for either is the same.
                 rows, window = len(state["lengths"]), (state["window.key.x"], state["window.value.x"])
-                key, value = (t.new_empty(rows, t[..., 0, 0].numel() // rows, 0, t.shape[-1], device=model.device) for t in window)
+                key, value = (t.new_empty(rows, t.shape[0] * t.shape[1] // rows, 0, t.shape[-1], device=model.device) for t in window)
                 layer.lazy_initialization(key, value)
                 assert layer.store is not None
                 layer.store.load_state(state)

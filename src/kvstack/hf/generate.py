@@ -31,7 +31,7 @@ PROMPT_TOKENS = 8192  # read at once, unless one prompt is longer
 @dataclass(frozen=True)
 class Generation:
     """tokens: `[B, steps]` new tokens, padding after a row's end. nbytes: reserved by the cache; ratio: bf16 bytes of the tokens that
-    it holds at the end over those. Times are in seconds.
+    came, evicted ones too, over those. Times are in seconds.
 
     path: which kernel read the cache, and why. steps: that were timed by `decode_s`; those before are in `prefill_s`, with compilation
     and recording.

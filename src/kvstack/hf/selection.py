@@ -28,7 +28,10 @@ class Known:
     query_heads: int
 
     def scorer(self, key: Context, index: int, future: Future | None = None) -> Scorer:
-        """The scorer of layer `index`, whose keys are those of `key`. future: in evaluations only."""
+        """The scorer of layer `index`, whose keys are those of `key`. future: in evaluations only. Raises RecipeError without one for
+        a scorer that needs it."""
+        if "future" in self.selection.needs and future is None:
+            raise RecipeError("The oracle knows the future in evaluations only. Use another scorer.")
         profile, device = self.profile, key.device
         layer = Layer(
             head_dim=key.head_dim,

@@ -138,8 +138,6 @@ def obstacle(model: Any, recipe: Recipe, profile: Profile | None = None) -> str 
 def _check_selection(facts: Known, key: Context) -> None:
     """Raise RecipeError for a selection that the store cannot follow."""
     selection = facts.selection
-    if "future" in selection.needs:
-        raise RecipeError("The oracle knows the future in evaluations only. Use another scorer.")
     if selection.heads != "separate" or selection.prompt != "compress":
         raise RecipeError("Decoding by graph takes heads=separate and prompt=compress only. For others use `kvstack.Cache`.")
     scorer = facts.scorer(key, 0)
