@@ -100,7 +100,7 @@ def budget_figure(rows: Sequence[Row], title: str) -> Any:
                 continue
             x = [r["budget"] for r in own]
             ax.plot(x, y, marker=MARKERS[i % len(MARKERS)], markersize=4, label=name, **look)
-            ax.fill_between(x, low, high, color=look["color"], alpha=0.1, linewidth=0)
+            ax.fill_between(x, low, high, color=look["color"], alpha=0.06, linewidth=0)
         length = next(r["length"] for r in rows if r["task"] == task)
         _dress(ax, f"{task}, {length:,} tokens", sorted({r["budget"] for r in rows if r["task"] == task} - {None}))
     _finish(fig, axes, "budget (tokens of a KV head)")
@@ -129,17 +129,19 @@ def write_plots(rows: Sequence[Row], title: str, stem: Path) -> list[Path]:
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Colour and dashes of every stack: oracle black and dashed, no selection grey, no budget thin."""
+    """Colour and dashes of every stack: a colour for each scorer, the oracle's black and dashed, that of no selection grey; other stacks
+    of the same scorer are dotted. No budget is a thin line."""
+    scorers = [s for s in _distinct(r["scorer"] for r in rows) if s not in ("oracle", "full")]
     out: dict[str, dict[str, Any]] = {}
+    of: dict[str, str] = {}  # the scorer of every stack
     for r in rows:
-        name, kinds = stack(r), [look["kind"] for look in out.values()]
+        name, scorer = stack(r), r["scorer"]
         if name in out:
             continue
-        kind = r["scorer"] if r["scorer"] in ("oracle", "full") else "other"
-        colour = {"oracle": "black", "full": "0.6", "other": f"C{kinds.count('other') % 10}"}[kind]
-        dashes = "--" if kind == "oracle" else ("-", ":", "-.", (0, (1, 3)))[kinds.count(kind) % 4] if kind == "full" else "-"
-        out[name] = {"kind": kind, "color": colour, "linestyle": dashes, "linewidth": 1.1 if r["budget"] is None else 1.8}
-    return {name: {key: v for key, v in look.items() if key != "kind"} for name, look in out.items()}
+        colour = {"oracle": "black", "full": "0.6"}.get(scorer) or f"C{scorers.index(scorer) % 10}"
+        dashes = ("--" if scorer == "oracle" else "-", ":", "-.", (0, (1, 3)))[list(of.values()).count(scorer) % 4]
+        out[name], of[name] = {"color": colour, "linestyle": dashes, "linewidth": 1.1 if r["budget"] is None else 1.8}, scorer
+    return out
 
 
 def _panels(n: int, title: str) -> tuple[Any, list[Any]]:
