@@ -38,6 +38,7 @@ from kvstack.kernels import (
     prefill,
     prefill_hopper,
     rotate,
+    top,
 )
 from kvstack.kernels.book import Book, book, cells
 from kvstack.kernels.pages import PAGE, Format
@@ -256,14 +257,24 @@ def linear_kernel(bits: int, head_dim: int, num_warps: int = linear.WARPS, **mor
     return Kernel(
         linear.linear_kernel,
         {
-            **dict.fromkeys(("w", "c", "centre", "levels", "out"), "*fp32"), **dict.fromkeys(("table", "lengths"), "*i32"),
-            "pairs": "*i64", "basis": "*bf16" if bits == 16 else "*fp16", "pool": "*u8",
+            **dict.fromkeys(("latent", "bias", "c", "centre", "out"), "*fp32"), **dict.fromkeys(("table", "lengths"), "*i32"),
+            "basis": "*bf16" if bits == 16 else "*fp16", "levels": "*fp16" if bits == 4 else "*fp32", "pool": "*u8",
         },
         dict(
             D=head_dim, BITS=bits, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes, PAGE=PAGE, M=linear.ROWS,
             CHUNK=linear.CHUNK, CENTRE=True,
         ),
         options={"num_warps": num_warps, "num_stages": 1}, **more,
+    )  # fmt: skip
+
+
+def top_kernel(groups: int, block: int, num_warps: int, standardise: bool = True, **more: Any) -> Kernel:
+    """`top.top_kernel` for as many query heads of a KV head, padded."""
+    return Kernel(
+        top.top_kernel,
+        {"raw": "*fp32", **dict.fromkeys(("lengths", "keys", "out"), "*i32")},
+        dict(GROUPS=groups, STANDARDISE=standardise, BLOCK=block),
+        {}, ("slots",), {"num_warps": num_warps}, **more,
     )  # fmt: skip
 
 
@@ -316,6 +327,9 @@ KERNELS = {
     "linear, 8 bits of 256": linear_kernel(8, 256, targets=one("sm_90")),
     "linear, 16 bits of 128": linear_kernel(16, 128, targets=one("sm_90")),
     "linear, 16 bits of 256": linear_kernel(16, 256, targets=one("sm_90")),
+    "top, 4 query heads": top_kernel(4, *top.SHORT),
+    "top, 16 query heads": top_kernel(16, *top.SHORT, targets=one("sm_90")),
+    "top, long rows of scores": top_kernel(1, *top.LONG, standardise=False, targets=NVIDIA),
 }
 
 

@@ -202,8 +202,11 @@ def test_rkv(sinks: int, window: int, w: int, kernel: int, weight: int) -> None:
     agree(selection, lambda head: rkv(head, w, kernel, weight / 100), rows, make_view(rows, w), context())
 
 
+LITERAL = {"knorm": (KNorm(8), knorm), "keydiff": (KeyDiff(8), keydiff), "streaming": (Streaming(8), streaming)}
+
+
 @everywhere
-@pytest.mark.parametrize(("selection", "literal"), [(KNorm(8), knorm), (KeyDiff(8), keydiff), (Streaming(8), streaming)], ids=repr)
+@pytest.mark.parametrize(("selection", "literal"), LITERAL.values(), ids=LITERAL)
 def test_keys_alone(sinks: int, window: int, selection: Selection, literal: Callable[[Head], list[float]]) -> None:
     rows = make_rows(sinks, window)
     agree(selection, literal, rows, make_view(rows, 0), context())

@@ -3,7 +3,7 @@
     records   the scorer's numbers beside every token of body and window, in the order in which the tokens came, `[rows, heads, n, R]`
     queries   the newest queries `[B, Hq, W, D]`, of which `asked [B, W]` are there
     load      tokens of each row that a KV head holds, in the mean over heads and layers
-    prompt    tokens of each row that came before its first step of one token
+    prompt    tokens of each row that came before its first step of decoding
 
 An eviction is due when the load of a row is `interval` above what may stay. It comes at the end of a call, so that all queries of the
 call have seen the same tokens. Layers decide alone, or meet in a `Council` when their tokens compete or agree. With heads=pooled a KV
@@ -21,6 +21,8 @@ from kvstack.cache.tier import Tier, plainly
 from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import BadInputError
 from kvstack.scorers.base import Scorer, Selection, View
+
+STEPS = 8  # tokens that a step of decoding may bring, with the drafts of assisted decoding
 
 
 @dataclass
@@ -78,12 +80,16 @@ class Chooser:
         """`x [B, H, ...]` as `[rows, heads, ...]`."""
         return x if self.split == 1 else x.reshape(len(x) * self.split, 1, *x.shape[2:])
 
+    def _is_prompt(self, steps: int) -> bool:
+        """Whether a call of `steps` new tokens brings more of the prompt: the first does, and those after it that are no decoding."""
+        return self.reading and (steps > STEPS or not int(self.prompt.max()))
+
     def check(self, counts: Tensor, steps: int, window: int) -> None:
         """Raise BadInputError when the prompt, of which `counts [B]` tokens come in a call of `steps`, must stay but does not fit.
 
         window: newest tokens that will stay beside it.
         """
-        longest = int((self.prompt + counts).max()) if self.reading and (steps > 1 or not int(self.prompt.max())) else 0
+        longest = int((self.prompt + counts).max()) if self._is_prompt(steps) else 0
         if self.selection.prompt == "error" and longest + window > self.selection.budget:
             taken = f", of which {window} are for the window" if window else ""
             raise BadInputError(
@@ -94,10 +100,9 @@ class Chooser:
     @plainly
     def come(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, counts: Tensor) -> None:
         """Note new queries `[B, Hq, T, D]`, keys and values `[B, H, T, D]`, of which the first `counts[b]` of row b count."""
-        if self.reading and (q.shape[2] > 1 or not int(self.prompt.max())):
+        self.reading = self._is_prompt(q.shape[2])
+        if self.reading:
             self.prompt = self.prompt + counts
-        else:
-            self.reading = False
         self.load, self.fresh = self.load + counts, self.fresh + counts
         if self.scorer.records:
             new = self.parted(self.scorer.begin(k, v, position.to(k.device)))

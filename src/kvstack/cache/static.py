@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvstack.allocators import indices, kept
 from kvstack.cache.store import build_codecs, exact_dtype
 from kvstack.codecs.base import Context
 from kvstack.codecs.exact import ExactCodec
@@ -27,6 +26,7 @@ from kvstack.kernels.decode import Body, Exact, decode
 from kvstack.kernels.pages import PAGE, Pages
 from kvstack.kernels.reference import Shape, Side, attend, attend_first, merge
 from kvstack.kernels.score import score_linear
+from kvstack.kernels.select import select
 from kvstack.recipe import Recipe
 from kvstack.scorers.base import Scorer, View
 
@@ -189,8 +189,9 @@ class StaticStore:
         seen = torch.full(k.shape[:1], n, device=k.device)
         values = v[:, :, old].float() if self.scorer.values else None
         view = View.of_keys(keys, values, torch.ones_like(age, dtype=torch.bool), age, seen, scale)
-        (mask,) = kept([self.scorer.score(view)], [torch.full(k.shape[:2], self.places, device=k.device)], "separate")
-        at = indices(mask, self.places).long()[..., None] + self.steps.sinks
+        length = torch.full(k.shape[:1], keys.shape[2], dtype=torch.int32, device=k.device)
+        best = select(self.scorer.score(view)[:, :, None].contiguous(), length, self.places, standardise=False)
+        at = best.long()[..., None] + self.steps.sinks
         return k.take_along_dim(at, 2), v.take_along_dim(at, 2)
 
     def evict(self) -> None:
@@ -199,25 +200,26 @@ class StaticStore:
         if self.body is None:  # sinks and window hold all
             return
         pages, at = self.body.pages, self.steps
-        heads = pages.pool.shape[1]
-        place = torch.arange(pages.table.shape[1] * PAGE, device=pages.table.device)
-        valid = (place < at.body[:, None])[:, None].expand(-1, heads, -1)
-        if (weights := self.scorer.linear(at.lengths)) is not None:
-            scores = self.scorer.finish(score_linear(pages, self.body.key, *weights), valid)
+        slots = pages.table.shape[1] * PAGE
+        weights = self.scorer.linear(at.lengths)
+        if weights is not None:
+            raw = score_linear(pages, self.body.key, *weights)
         else:
-            rows = max(1, DECODED // (heads * len(place) * pages.format.head_dim))
-            scores = torch.cat([self._scores(self.body, valid, slice(i, i + rows)) for i in range(0, len(valid), rows)])
-        counts = at.body.clamp_max(self.places)
-        (mask,) = kept([scores.masked_fill(~valid, -torch.inf)], [counts[:, None].expand(-1, heads)], "separate")
-        compact(pages, indices(mask, min(self.places, len(place))), counts)
+            rows = max(1, DECODED // (pages.pool.shape[1] * slots * pages.format.head_dim))
+            parts = [self._scores(self.body, slice(i, i + rows)) for i in range(0, at.size.batch, rows)]
+            raw = torch.cat(parts)[:, :, None]  # as if every KV head had one query head
+        keep = select(raw, at.body, min(self.places, slots), standardise=weights is not None)
+        compact(pages, keep, at.body.clamp_max(self.places))
 
-    def _scores(self, body: Body, valid: Tensor, rows: slice) -> Tensor:
+    def _scores(self, body: Body, rows: slice) -> Tensor:
         """Scores `[b, H, N]` of some rows, for scorers that no kernel serves: keys are decoded, and values if they are asked for."""
         assert self.scorer is not None
-        at, pages, valid = self.steps, body.pages, valid[rows]
+        at, pages = self.steps, body.pages
+        place = torch.arange(pages.table.shape[1] * PAGE, device=pages.table.device)
+        valid = (place < at.body[rows, None])[:, None].expand(-1, pages.pool.shape[1], -1)
         part = Body(Pages(pages.format, pages.pool, pages.table[rows], pages.lengths[rows]), body.key, body.value, body.cum)
         key, value, _ = part.sides()
         v = value.codec.decode(value.codes) if self.scorer.values else None
-        age = (at.window + at.body[rows] - 1)[:, None, None] - torch.arange(valid.shape[2], device=valid.device)
+        age = (at.window + at.body[rows] - 1)[:, None, None] - place
         view = View.of_keys(key.codec.decode(key.codes), v, valid, age.expand(valid.shape), at.lengths[rows], self.scale)
         return self.scorer.score(view)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvstack.allocators import indices
 from kvstack.cache.paged import PagedTier, has_pages
-from kvstack.cache.selection import Chooser, Council
+from kvstack.cache.selection import STEPS, Chooser, Council
 from kvstack.cache.tier import Tier, plainly
 from kvstack.codecs import Exact
 from kvstack.codecs.base import Codec, Context
@@ -40,7 +40,6 @@ from kvstack.recipe import Recipe
 from kvstack.scorers.base import Scorer
 
 Prefill = Literal["exact", "strict"]
-STEPS = 8  # new tokens of a row that the decode kernels take
 
 
 class LayerStore:

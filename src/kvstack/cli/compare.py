@@ -90,6 +90,10 @@ def compare(
     if any(selection.Stack(r).open for r in split(recipes)):
         raise BadInputError('BUDGET stands for budgets, and there are none. Give some, such as --budgets "1/4, 512".')
     stacks = [Recipe.parse(r) for r in split(recipes)]
+    if ratio_at and any(r.selection for r in stacks):
+        raise BadInputError(
+            "--ratio-at stores tokens without attention, from which nothing is evicted. Leave it out, or the selections."
+        )
     lengths = [_number(n) for n in split(ratio_at)]
     rival = None if against is None else str(Recipe.parse(against))
     if rival not in (None, runner.REFERENCE, *map(str, stacks)):

@@ -129,7 +129,7 @@ def write_plots(rows: Sequence[Row], title: str, stem: Path) -> list[Path]:
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Colour and dashes of every stack: a colour for each scorer, the oracle's black and dashed, that of no selection grey; other stacks
+    """Colour and dashes of every stack: a colour for each scorer, black and dashed for the oracle, grey for no selection; other stacks
     of the same scorer are dotted. No budget is a thin line."""
     scorers = [s for s in _distinct(r["scorer"] for r in rows) if s not in ("oracle", "full")]
     out: dict[str, dict[str, Any]] = {}

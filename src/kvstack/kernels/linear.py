@@ -5,11 +5,12 @@ A program takes one page of one head of one row, for all query heads of it, and 
     x = numbers of the page                    [128, D], in 16 bits, without their scales
     re, im = x @ basis                         the rotation back, its columns in the order of the real parts and of the imaginary ones
     k = scale * (re, im) + centre              in float32
-    out = re @ w_re^T + im @ w_im^T + |k| @ c^T
+    out = scale * x @ latent^T + bias + |k| @ c^T
 
-in chunks of bands, for all of them would not fit the registers. A codec that does not rotate has the identity for a rotation, and the
-same product puts its numbers in order. Factors of the last line are divided by the largest number of their row and rounded to float16,
-sums are of float32: relative errors of about 2^-12, as long as squares of keys are numbers of float32. V is not read.
+The product with w needs no rotation back: latent = w turned as keys were, and bias = <w, centre>. Lengths do, in chunks of bands, for
+all of them would not fit the registers. A codec that does not rotate has the identity for a rotation, and the same product puts its
+numbers in order. What is not x or basis is divided by the largest number of its row and rounded to float16, sums are of float32:
+relative errors of about 2^-12, as long as squares of keys are numbers of float32. V is not read.
 """
 
 import torch
@@ -33,28 +34,40 @@ def score_pages(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> T
     assert groups <= ROWS and c.shape == (heads, groups, head_dim // 2) and w.is_contiguous() and c.is_contiguous()
     assert w.dtype == c.dtype == torch.float32 and head_dim == f.head_dim and pages.pool.shape[1:] == (heads, f.nbytes)
     assert pages.table.shape[0] == batch and pages.table.stride(1) == 1 and pages.pool.is_contiguous()
-    pairs = rope.pairs.to(w.device).contiguous()
+    order = rope.pairs.to(w.device).flatten()
     rotation = torch.eye(head_dim, device=w.device) if key.transform is None else key.transform
-    basis = rotation.index_select(1, pairs.flatten()).to(key.dtype if isinstance(key, ExactCodec) else torch.float16)
-    levels = key.levels if isinstance(key, PolarCodec) else w  # with 8 and 16 bits nobody looks at levels
-    centre = w if key.centre is None else key.centre.contiguous()
+    basis = rotation.index_select(1, order).to(key.dtype if isinstance(key, ExactCodec) else torch.float16)
+    levels = w  # with 8 and 16 bits nobody looks at levels
+    if isinstance(key, PolarCodec):
+        levels = _pairs(key.levels) if key.bits == 4 else key.levels
+    centre, bias = w, w
+    if key.centre is not None:
+        centre, bias = key.centre.index_select(1, order), torch.einsum("bhgd,hd->bhg", w, key.centre).contiguous()
     out = w.new_zeros(batch, heads, groups, slots * PAGE)
     if out.numel():
         linear_kernel[(batch * heads, slots)](
-            w, c, pairs, basis, centre, levels, pages.pool, pages.table, pages.lengths, out, heads, groups, pages.table.stride(0),
+            key.project(w).contiguous(), bias, c, basis, centre, levels,
+            pages.pool, pages.table, pages.lengths, out, heads, groups, pages.table.stride(0),
             D=head_dim, BITS=f.k, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes, PAGE=PAGE, M=ROWS,
             CHUNK=CHUNK, CENTRE=key.centre is not None, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
     return out
 
 
+def _pairs(levels: Tensor) -> Tensor:
+    """Two levels in float16 for every byte of two codes as `_fours` makes it, `[256, 2]`."""
+    code = torch.arange(16, device=levels.device)
+    level = levels[torch.where(code < 8, 8 + code, 15 - code)].half()  # the highest bit is a sign, the rest a magnitude
+    return torch.stack([level.repeat(16), level.repeat_interleave(16)], 1)
+
+
 @triton.jit(do_not_specialize=["table_stride"])  # it changes with the length of a row
 def linear_kernel(
-    w, c, pairs, basis, centre, levels, pool, table, lengths, out, heads, groups, table_stride,
+    latent, bias, c, basis, centre, levels, pool, table, lengths, out, heads, groups, table_stride,
     D: tl.constexpr, BITS: tl.constexpr, SCALES_AT: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
     CHUNK: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
-    """One page of one head of one row. M: query heads, padded. basis: `[D, D]`, columns (re, im)."""
+    """One page of one head of one row. M: query heads, padded. basis, centre: `[D, D]` and `[H, D]`, columns (re, im)."""
     segment, page = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = segment // heads, segment % heads
     left = tl.load(lengths + b) - page * PAGE
@@ -69,32 +82,42 @@ def linear_kernel(
     scale = (scales << 16).to(tl.float32, bitcast=True)[:, None]
     if BITS == 16:
         x = _halves(base.to(tl.pointer_type(basis.dtype.element_ty), bitcast=True), PAGE, D)
+    elif BITS == 4:
+        x = _fours(base, levels, PAGE, D)
     else:
         x = matrix(base, PAGE, D, BITS, levels)
-    x = tl.where(valid[:, None], x, 0.0)  # with nothing between layout and product, Triton 3.6 does not compile for sm_100
+    if BITS != 4:  # with 16, there may be NaN; with others, Triton 3.6 does not compile for sm_100 with nothing here
+        x = tl.where(valid[:, None], x, 0.0)
     real = (g < groups)[:, None]
-    w += (segment * groups + g)[:, None] * D
+    w = tl.load(latent + (segment * groups + g)[:, None] * D + tl.trans(d), mask=real, other=0.0)
+    w_most = _most(w)
+    w = w * (1.0 / w_most)
+    high = w.to(x.dtype)
+    score = tl.dot(x, tl.trans(high))
+    if x.dtype == tl.bfloat16:  # the digits that it has not
+        score = tl.dot(x, tl.trans((w - high).to(x.dtype)), acc=score)
+    score = score * (scale * tl.trans(w_most))
+    if CENTRE:
+        score += tl.load(bias + segment * groups + g, mask=g < groups, other=0.0)[None, :]
     c += (h * groups + g)[:, None] * F
-    score = tl.zeros((PAGE, M), tl.float32)
     for at in range(0, F, CHUNK):
-        f = at + tl.arange(0, CHUNK)
-        first, second = tl.load(pairs + f)[None, :], tl.load(pairs + F + f)[None, :]
-        re = tl.dot(x, tl.load(basis + d * D + f[None, :])) * scale
-        im = tl.dot(x, tl.load(basis + d * D + F + f[None, :])) * scale
+        f = at + tl.arange(0, CHUNK)[None, :]
+        re = tl.dot(x, tl.load(basis + d * D + f)) * scale
+        im = tl.dot(x, tl.load(basis + d * D + F + f)) * scale
         if CENTRE:
-            re += tl.load(centre + h * D + first)
-            im += tl.load(centre + h * D + second)
-        size = tl.sqrt(re * re + im * im)
-        w_re, w_im = tl.load(w + first, mask=real, other=0.0), tl.load(w + second, mask=real, other=0.0)
-        w_size = tl.load(c + f[None, :], mask=real, other=0.0)
-        k_most = tl.maximum(tl.max(size, 1), TINY)[:, None]
-        w_most = tl.maximum(tl.max(tl.maximum(tl.maximum(tl.abs(w_re), tl.abs(w_im)), tl.abs(w_size)), 1), TINY)[:, None]
-        part = tl.dot(_over(re, k_most), tl.trans(_over(w_re, w_most)))
-        part = tl.dot(_over(im, k_most), tl.trans(_over(w_im, w_most)), acc=part)
-        part = tl.dot(_over(size, k_most), tl.trans(_over(w_size, w_most)), acc=part)
-        score += part * k_most * tl.trans(w_most)
+            re += tl.load(centre + h * D + f)
+            im += tl.load(centre + h * D + F + f)
+        size, factor = tl.sqrt(re * re + im * im), tl.load(c + f, mask=real, other=0.0)
+        most, c_most = _most(size), _most(factor)
+        score += tl.dot(_over(size, most), tl.trans(_over(factor, c_most))) * (most * tl.trans(c_most))
     to = out + ((segment * groups + g) * tl.num_programs(1))[None, :] * PAGE + page * PAGE + token[:, None]
     tl.store(to, score, mask=valid[:, None] & tl.trans(real))
+
+
+@triton.jit
+def _most(x):
+    """The largest absolute value of every row, or for rows of zeros something to divide by."""
+    return tl.maximum(tl.max(tl.abs(x), 1), TINY)[:, None]
 
 
 @triton.jit
@@ -108,3 +131,15 @@ def _halves(base, R: tl.constexpr, C: tl.constexpr):
     """The matrix `[R, C]` of numbers of 16 bits at `base`, see `pages`."""
     x = tl.reshape(tl.load(base + tl.arange(0, R * C)), (R, 4, C // 16, 2, 2))
     return tl.reshape(tl.permute(x, (0, 2, 3, 1, 4)), (R, C))  # column = 16 s + 8 h + 2 t + i from (t, s, h, i)
+
+
+@triton.jit
+def _fours(base, pairs, R: tl.constexpr, C: tl.constexpr):
+    """The matrix `[R, C]` of levels of the codes of 4 bits at `base`, see `pages`, two at a time by a table of all pairs."""
+    words = tl.load(base.to(tl.pointer_type(tl.uint32), bitcast=True) + tl.arange(0, R * C // 8))[:, None]
+    p = tl.arange(0, 4)[None, :]  # codes 2 p and 2 p + 1 of a word, whose signs are 8 bits apart
+    signs = words >> (16 * (p % 2) + 4 - 4 * (p // 2))
+    byte = ((words >> (8 * p)) & 0x77) | (signs & 0x8) | ((signs >> 4) & 0x80)
+    x = tl.load(pairs + 2 * byte[:, :, None] + tl.arange(0, 2)[None, None, :])
+    x = tl.permute(tl.reshape(x, (R, 4, C // 32, 2, 4)), (0, 2, 3, 1, 4))  # column = 32 s + 16 h + 4 t + i from (t, s, h, i)
+    return tl.reshape(x, (R, C))

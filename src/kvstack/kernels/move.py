@@ -57,22 +57,22 @@ def move_kernel(
     for first in range(0, count, PAGE):
         last = tl.minimum(first + PAGE, count) - 1
         if tl.load(keep + last) != last:  # else all tokens of this page stay where they are, for indices ascend
-            _rows(keys, table, keep, first, count, stride, part * K_LOW, D // 32 * K_LOW, K_LOW, PAGE)
+            _rows(keys, table, keep, first, count, stride, D // 32 * K_LOW, part, SPAN // 32 * K_LOW, PAGE)
             if K_BITS == 3:
-                _rows(keys + PAGE * D // 16, table, keep, first, count, stride, part, D // 32, 1, PAGE)
+                _rows(keys + PAGE * D // 16, table, keep, first, count, stride, D // 32, part, SPAN // 32, PAGE)
             _columns(values, table, keep, first, count, stride, part, V_LOW, PAGE, SPAN)
             if V_BITS == 3:
                 _columns(values + PAGE * D // 16, table, keep, first, count, stride, part, 1, PAGE, SPAN)
             if part == 0:
-                _rows(scales, table, keep, first, count, stride, 0, 1, 1, PAGE)
+                _rows(scales, table, keep, first, count, stride, 1, 0, 1, PAGE)
 
 
 @triton.jit
-def _rows(plane, table, keep, first, count, stride, at, WIDTH: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr):
-    """Move N words, from word `at` on, of rows of WIDTH words that hold one token each, to the page of token `first`."""
+def _rows(plane, table, keep, first, count, stride, WIDTH: tl.constexpr, part, N: tl.constexpr, PAGE: tl.constexpr):
+    """Move N words, from word `part * N` on, of rows of WIDTH words that hold one token each, to the page of token `first`."""
     token = tl.arange(0, PAGE)
     page, row, ours = _sources(table, keep, first + token, count, PAGE)
-    word = (at + tl.arange(0, N))[None, :]
+    word = (part * N + tl.arange(0, N))[None, :]
     found = tl.load(plane + (page * stride + row * WIDTH)[:, None] + word, mask=ours[:, None])
     here = plane + tl.load(table + first // PAGE).to(tl.int64) * stride
     tl.debug_barrier()
@@ -81,16 +81,19 @@ def _rows(plane, table, keep, first, count, stride, at, WIDTH: tl.constexpr, N: 
 
 @triton.jit
 def _columns(plane, table, keep, first, count, stride, part, BITS: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr):
-    """Move the fields of BITS bits of SPAN rows of words that tokens share, to the page of token `first`."""
+    """Move the fields of BITS bits of SPAN rows of words that tokens share, to the page of token `first`.
+
+    A thread takes all rows of a token, and a warp reads neighbouring tokens at once: tokens are first in `[fields of a word, W, SPAN]`.
+    """
     word = tl.arange(0, PAGE * BITS // 32)
-    token = _tokens(word[:, None], tl.arange(0, 32 // BITS)[None, :], BITS)  # [W, fields of a word]
-    page, column, ours = _sources(table, keep, first + token, count, PAGE)
     row = (part * SPAN + tl.arange(0, SPAN)) * (PAGE * BITS // 32)
+    token = _tokens(word[None, :], tl.arange(0, 32 // BITS)[:, None], BITS)
+    page, column, ours = _sources(table, keep, first + token, count, PAGE)
     from_word, _ = _place(column, BITS)
-    found = tl.load(plane + (page * stride + from_word)[None, :, :] + row[:, None, None], mask=ours[None, :, :])
-    moved = tl.sum(_put(_get(found, column[None, :, :], BITS), token[None, :, :], BITS), 2)  # fields share no bits
-    mine = tl.sum(_put(ours.to(tl.uint32) * (2**BITS - 1), token, BITS), 1)[None, :]
-    here = plane + tl.load(table + first // PAGE).to(tl.int64) * stride + row[:, None] + word[None, :]
+    found = tl.load(plane + (page * stride + from_word)[:, :, None] + row[None, None, :], mask=ours[:, :, None])
+    moved = tl.sum(_moved(found, column[:, :, None], token[:, :, None], BITS), 0)  # fields share no bits
+    mine = tl.sum(_moved(tl.where(ours, 0xFFFFFFFF, 0).to(tl.uint32), column, token, BITS), 0)[:, None]
+    here = plane + tl.load(table + first // PAGE).to(tl.int64) * stride + row[None, :] + word[:, None]
     old = tl.load(here, mask=(mine != 0) & (mine != 0xFFFFFFFF), other=0)
     tl.debug_barrier()
     tl.store(here, old ^ ((old ^ moved) & mine), mask=mine != 0)
@@ -100,7 +103,7 @@ def _columns(plane, table, keep, first, count, stride, part, BITS: tl.constexpr,
 def _sources(table, keep, token, count, PAGE: tl.constexpr):
     """Where tokens come from: pages of the pool, places in them, and whether there are such tokens."""
     ours = token < count
-    source = tl.load(keep + token, mask=ours, other=0)
+    source = tl.load(keep + token, mask=ours, other=0).to(tl.uint32)  # unsigned, quotient and rest are a shift and a mask
     page = tl.load(table + source // PAGE, mask=ours, other=0).to(tl.int64)
     return page, source % PAGE, ours
 
@@ -133,18 +136,17 @@ def _sign(token):
 
 
 @triton.jit
-def _get(words, token, BITS: tl.constexpr):
-    """The fields of tokens, out of their words."""
-    _, shift = _place(token, BITS)
+def _moved(words, source, token, BITS: tl.constexpr):
+    """The fields of tokens `source`, out of their words, where those of `token` are, and nothing else."""
+    _, before = _place(source, BITS)
+    _, after = _place(token, BITS)
     if BITS == 4:
-        return ((words >> shift) & 7) | (((words >> _sign(token)) & 1) << 3)
-    return (words >> shift) & (2**BITS - 1)
+        sign = _turn(words, _sign(token) - _sign(source)) & (1 << _sign(token)).to(tl.uint32)
+        return sign | (_turn(words, after - before) & (7 << after).to(tl.uint32))
+    return _turn(words, after - before) & ((2**BITS - 1) << after).to(tl.uint32)
 
 
 @triton.jit
-def _put(fields, token, BITS: tl.constexpr):
-    """Words with nothing but the fields of tokens."""
-    _, shift = _place(token, BITS)
-    if BITS == 4:
-        return ((fields & 7) << shift) | ((fields >> 3) << _sign(token))
-    return fields << shift
+def _turn(words, by):
+    """Words turned to the left, bits that leave coming back on the right: one instruction."""
+    return (words << (by & 31)) | (words >> ((32 - by) & 31))

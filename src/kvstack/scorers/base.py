@@ -138,17 +138,14 @@ class Scorer(ABC):
         """`[B, H, N]` float32, larger stays; anything finite where not `view.valid`. Infinity protects."""
 
     def linear(self, seen: Tensor) -> tuple[Rope, Tensor, Tensor] | None:
-        """A rope, `w [B, H, G, D]` and `c [H, G, D / 2]` float32 for rows whose next query is at `seen [B]`, if `score` is `finish` of
+        """A rope, `w [B, H, G, D]` and `c [H, G, D / 2]` float32 for rows whose next query is at `seen [B]`, if `score` is the
+        greatest, over the query heads g of each group, of the `standardised`
 
             raw[b, h, g, n] = sum_j w[b, h, g, j] k_j + sum_f c[h, g, f] |k_f|        k: the key of token n, k_f: its band f of the rope
 
         which a kernel reads off the codes; None when it is not.
         """
         return None
-
-    def finish(self, raw: Tensor, valid: Tensor) -> Tensor:
-        """Scores `[B, H, N]` of `raw [B, H, G, N]` (see `linear`), for tokens that are `valid [B, H, N]`."""
-        raise NotImplementedError
 
     def begin(self, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
         """Records `[B, H, T, R]` float32 of new tokens `key, value [B, H, T, D]` (after RoPE) at `position [B, T]`."""

@@ -48,13 +48,9 @@ class TriScorer(Scorer):
         keys = view.key.masked_fill(~view.valid[..., None], 0)
         return torch.einsum("bhgd,bhnd->bhgn", w, keys) + torch.einsum("hgf,bhnf->bhgn", c, self.rope.bands(keys).abs())
 
-    def finish(self, raw: Tensor, valid: Tensor) -> Tensor:
-        """See `Scorer.finish`."""
-        return standardised(raw, valid[:, :, None]).amax(2)
-
     def score(self, view: View) -> Tensor:
         """See `Scorer.score`."""
-        return self.finish(self.raw(view), view.valid)
+        return standardised(self.raw(view), view.valid[:, :, None]).amax(2)
 
 
 @dataclass(frozen=True)
