@@ -117,10 +117,9 @@ class Chooser:
     def observe(self, weights: Tensor, body: Tensor) -> None:
         """Attention `weights [rows, Hq, T, Nb + n]` over the body and the window, of which `body [rows]` tokens are in the body."""
         n = int(self.records.lengths.max())
-        padded, at = weights.shape[-1] - n, torch.arange(n, device=weights.device)
+        at = torch.arange(n, device=weights.device)
         # Rows with shorter bodies have a gap between body and window.
         gap = (int(body.max()) - body).to(weights.device)[:, None]
-        assert padded >= 0
         source = (at + torch.where(at < body.to(weights.device)[:, None], 0, gap)).clamp_max(weights.shape[-1] - 1)
         real = at < self.records.lengths.to(weights.device)[:, None]
         weights = weights.take_along_dim(source[:, None, None], -1) * real[:, None, None]
