@@ -90,6 +90,8 @@ def compare(
     if any(selection.Stack(r).open for r in split(recipes)):
         raise BadInputError('BUDGET stands for budgets, and there are none. Give some, such as --budgets "1/4, 512".')
     stacks = [Recipe.parse(r) for r in split(recipes)]
+    if any(r.selection and "future" in r.selection.needs for r in stacks):
+        raise BadInputError("The oracle knows the future over budgets only. Use --budgets, or another scorer.")
     if ratio_at and any(r.selection for r in stacks):
         raise BadInputError(
             "--ratio-at stores tokens without attention, from which nothing is evicted. Leave it out, or the selections."
