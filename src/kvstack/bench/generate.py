@@ -73,19 +73,24 @@ def measure(
     rows = []
     for i, text in enumerate(recipes):
         recipe = Recipe.parse(text)
-        n = batch or fitting(model, recipe, context + steps)
-        while True:
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                rows.append({"recipe": text, "context": context, **_run(model, recipe, n, context, steps)})
-                break
-            except torch.OutOfMemoryError:
-                if n == 1 or batch:
-                    raise
-                n -= max(1, n // 16)
+        first = batch or fitting(model, recipe, context + steps)
+        row = at_most(first, batch is None, lambda n, recipe=recipe: _run(model, recipe, n, context, steps))  # type: ignore[misc]
+        rows.append({"recipe": text, "context": context, **row})
         progress(i + 1, len(recipes))
     return rows
+
+
+def at_most(batch: int, fewer: bool, run: Callable[[int], Row]) -> Row:
+    """What `run` gives for `batch` rows; if `fewer`, for as many less as it takes to fit into the memory."""
+    while True:
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            return run(batch)
+        except torch.OutOfMemoryError:
+            if batch == 1 or not fewer:
+                raise
+            batch -= max(1, batch // 16)
 
 
 @torch.inference_mode()

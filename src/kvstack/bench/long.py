@@ -9,7 +9,7 @@ eviction in all layers. context: tokens at the end, which is `generated`. peak_b
 ran. The model has the shape of a real one and random weights, statistics of queries are random too, and the cache is filled with random
 numbers and codes: none of it changes the time of a step.
 
-`endure` makes every step instead, and notes speed and memory on the way; its evictions are in the steps.
+`endure` makes every step instead, and notes speed and memory on the way; its evictions are in the steps and not timed apart.
 """
 
 import gc
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kvstack.bench.generate import PROMPT, Row, filled, fitting
+from kvstack.bench.generate import PROMPT, Row, at_most, filled, fitting
 from kvstack.fingerprint import fingerprint
 from kvstack.hf.generate import PLAIN_STEPS, recorded
 from kvstack.hf.static import StaticCache
@@ -50,17 +50,9 @@ def measure(
     profile, rows = random_profile(model), []
     for i, text in enumerate(recipes):
         recipe = Recipe.parse(text)
-        n = batch or fitting(model, recipe, generated + BLOCK, profile)
-        while True:
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                rows.append({"recipe": text, "context": generated, **_run(model, recipe, n, generated, points, profile)})
-                break
-            except torch.OutOfMemoryError:
-                if n == 1 or batch:
-                    raise
-                n -= max(1, n // 16)
+        first = batch or fitting(model, recipe, generated + BLOCK, profile)
+        row = at_most(first, batch is None, lambda n, recipe=recipe: _run(model, recipe, n, generated, points, profile))  # type: ignore[misc]
+        rows.append({"recipe": text, "context": generated, **row})
         progress(i + 1, len(recipes))
     return rows
 
@@ -94,6 +86,7 @@ def _run(model: Any, recipe: Recipe, batch: int, generated: int, points: int, pr
         times.append(1e3 * (end - began) / block)
         evictions.append(1e3 * (end - middle))
     ms = sum(times) / len(times)
+    evict = {} if recipe.selection is None else {"evict_ms": sum(evictions) / len(evictions)}
     return {
         "batch": batch,
         "generated": generated,
@@ -101,7 +94,7 @@ def _run(model: Any, recipe: Recipe, batch: int, generated: int, points: int, pr
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "ms": ms,
         "ms_at": dict(zip(map(str, lengths), times, strict=True)),
-        "evict_ms": sum(evictions) / len(evictions),
+        **evict,
         "cache_bytes": cache.nbytes,
     }
 
@@ -151,7 +144,6 @@ def _endure(model: Any, recipe: Recipe, batch: int, generated: int, points: int,
             "tokens_per_s": 1e3 * batch / ms,
             "peak_bytes": torch.cuda.max_memory_allocated(),
             "ms": ms,
-            "evict_ms": 0.0,
             "cache_bytes": cache.nbytes,
             "allocated_bytes": torch.cuda.memory_allocated(),
         }

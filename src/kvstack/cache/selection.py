@@ -73,8 +73,8 @@ class Chooser:
         return small + (self.records.nbytes if self.scorer.records else 0) + (0 if self.queries is None else self.queries.nbytes)
 
     def joined(self, x: Tensor) -> Tensor:
-        """`x [rows, heads, ...]` as `[B, H, ...]`."""
-        return x if self.split == 1 else x.reshape(len(x) // self.split, self.split, *x.shape[2:])
+        """`x [rows, heads, ...]`, KV heads or query heads of a row, as `[B, all heads, ...]`."""
+        return x if self.split == 1 else x.reshape(len(x) // self.split, self.split * x.shape[1], *x.shape[2:])
 
     def parted(self, x: Tensor) -> Tensor:
         """`x [B, H, ...]` as `[rows, heads, ...]`."""
@@ -124,12 +124,8 @@ class Chooser:
         real = at < self.records.lengths.to(weights.device)[:, None]
         weights = weights.take_along_dim(source[:, None, None], -1) * real[:, None, None]
         held = self.records.buffers[0][0]
-        seen = self.scorer.observe(self.joined(held[:, :, :n]), self._joined_queries(weights))
+        seen = self.scorer.observe(self.joined(held[:, :, :n]), self.joined(weights))
         held[:, :, :n] = self.parted(seen)
-
-    def _joined_queries(self, x: Tensor) -> Tensor:
-        """`x [rows, query heads of a row, ...]` as `[B, Hq, ...]`."""
-        return x if self.split == 1 else x.reshape(len(x) // self.split, self.split * x.shape[1], *x.shape[2:])
 
     def due(self) -> Tensor:
         """Rows `[B]` that must give tokens away now."""

@@ -6,8 +6,6 @@ is. The tables go to the terminal, the rows to a results file (`environment.writ
 how is the business of `bench/`.
 """
 
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from kvstack.bench import prefill as prefilling
 from kvstack.bench.contender import Contender
 from kvstack.bench.problem import Problem
 from kvstack.bench.trial import Row, gpu
+from kvstack.cli.compare import command_line, print_wide
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError
 from kvstack.recipe import Recipe
@@ -181,9 +180,9 @@ def generate(
         numbers = f"{r['ms']:.2f}", f"{speed:,.0f}", f"{speed / rows[0]['tokens_per_s']:.2f}"
         table.add_row(r["recipe"], str(r["batch"]), *numbers, *(f"{r[key] / 1e9:.1f}" for key in ("cache_bytes", "peak_bytes")))
     console = Console()
-    _print_wide(console, table)
+    print_wide(table)
     if json_out:
-        write_results(json_out, shlex.join(["kvstack", *sys.argv[1:]]), rows)
+        write_results(json_out, command_line(), rows)
         console.print(f"wrote {json_out}", soft_wrap=True, highlight=False)
 
 
@@ -217,16 +216,16 @@ def long(
     for r in rows:
         times = (
             f"{r['ms']:.2f}",
-            f"{r['evict_ms']:.1f}",
+            f"{r['evict_ms']:.1f}" if "evict_ms" in r else "-",
             f"{r['tokens_per_s']:,.0f}",
             f"{r['tokens_per_s'] / rows[0]['tokens_per_s']:.2f}",
         )
         sizes = (f"{r[key] / 1e9:.2f}" for key in ("cache_bytes", "peak_bytes"))
         table.add_row(r["recipe"], str(r["batch"]), f"{r['generated']:,}", *times, *sizes)
     console = Console()
-    _print_wide(console, table)
+    print_wide(table)
     if json_out:
-        write_results(json_out, shlex.join(["kvstack", *sys.argv[1:]]), rows)
+        write_results(json_out, command_line(), rows)
         console.print(f"wrote {json_out}", soft_wrap=True, highlight=False)
 
 
@@ -258,18 +257,12 @@ def show(rows: list[Row], title: str, json_out: Path | None, plot: Path | None, 
     console = Console()
     console.print(title, highlight=False)
     for table in report.tables(rows, layout):
-        _print_wide(console, table)
+        print_wide(table)
     for line in report.left_out(rows):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_out:
-        write_results(json_out, shlex.join(["kvstack", *sys.argv[1:]]), rows)
+        write_results(json_out, command_line(), rows)
     if plot:
         report.write_plot(rows, title, plot)
     for path in filter(None, (json_out, plot)):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-
-
-def _print_wide(console: Console, table: Table) -> None:
-    """Print a table as wide as it is: one that is cut in a pipe or a narrow window helps nobody."""
-    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    Console(width=max(width, console.width)).print(table)

@@ -136,18 +136,18 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 def show(rows: Sequence[report.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
     """Print the table, and write the results file and the plots that were asked for."""
-    _print(report.table(rows, title))
+    print_wide(report.table(rows, title))
     _write(rows, json_out, lambda: report.write_plots(rows, title, plot) if plot else [])
 
 
 def _show_budgets(rows: Sequence[selection.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
     """As `show`, for rows over budgets."""
     for table in curves.tables(rows):
-        _print(table.terminal())
+        print_wide(table.terminal())
     _write(rows, json_out, lambda: curves.write_plots(rows, title, plot) if plot else [])
 
 
-def _print(table: Table) -> None:
+def print_wide(table: Table) -> None:
     """Print a table as wide as it is: one that is cut in a pipe or a narrow window helps nobody."""
     console = Console()
     width = console.measure(table, options=console.options.update(max_width=1000)).maximum

@@ -138,13 +138,14 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     if compared := [row for row in rows if "bytes_per_token" in row]:
         return [{"tokens": f"{row['tokens']:,}", **_cells(row)} for row in compared]
     if "tokens_per_s" in rows[0] and "context" in rows[0]:
-        first = rows[0]["tokens_per_s"]
+        first, evicting = rows[0]["tokens_per_s"], any("evict_ms" in row for row in rows)
         return [
             {
                 "recipe": f"`{row['recipe']}`",
                 "context": f"{row['context']:,}",
                 "rows": str(row["batch"]),
                 "ms a step": f"{row['ms']:.1f}",
+                **({"ms an eviction": f"{row['evict_ms']:.1f}" if "evict_ms" in row else "-"} if evicting else {}),
                 "tokens/s": f"{row['tokens_per_s']:,.0f}",
                 "x": f"{row['tokens_per_s'] / first:.2f}",
             }
