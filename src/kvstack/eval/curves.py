@@ -178,4 +178,7 @@ def _finish(fig: Any, axes: Sequence[Any], label: str) -> None:
     for ax in axes[-4:]:  # the lowest of every column
         ax.set_xlabel(label)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    inches = 0.5 + 0.072 * max(map(len, handles))  # of an entry: its line, and letters of nine points
+    columns = max(1, min(4, int(fig.get_size_inches()[0] / inches)))
+    fig.set_figheight(fig.get_figheight() + 0.2 * max(0, -(-len(handles) // columns) - 4))  # there is room for four lines of them
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
