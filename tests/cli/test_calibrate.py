@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,7 @@ def test_calibrate_reads_other_text(tmp_path: Path) -> None:
 def test_calibrate_trains_a_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "STEPS", 5)
     monkeypatch.setattr(calibrate, "LENGTH", 512)
-    monkeypatch.setattr(calibrate, "calibration_batches", partial(calibrate.calibration_batches, samples=1))
-    args = ["--tokens", "256", "--forecast", "-o", str(tmp_path)]
+    args = ["--tokens", "256", "--forecast", "--samples", "1", "-o", str(tmp_path)]
     result = invoke("calibrate", "bundled", "--tasks", "recall, dfs", *args)
     assert re.search(r"rank correlation -?0\.\d{3}, cross-entropy 0\.\d{4}", result.stdout) and "forecast" in result.stderr
     profile = Profile.load(tmp_path / "profile.safetensors")
@@ -94,6 +92,7 @@ def test_forecasts_of_other_models_are_of_text(tmp_path: Path, monkeypatch: pyte
         (["-o", "out", "--tokens", "100000000"], "Give a longer text"),
         (["-o", "out", "--from-upstream", "none.pt"], "cannot be read"),
         (["-o", "out", "--tasks", "recall"], "leave --tasks away"),
+        (["-o", "out", "--samples", "8"], "leave --samples away"),
         (["-o", "out", "--forecast", "--tasks", "recal"], "There is no task 'recal'"),
     ],
 )

@@ -31,6 +31,7 @@ from kvstack.kernels import (
     exact,
     hopper,
     linear,
+    linear_hopper,
     merge,
     move,
     plain,
@@ -127,6 +128,24 @@ def prefill_hopper_kernel(k: int, v: int, head_dim: int, capped: bool = False) -
             **prefill_hopper.configuration(Format(head_dim, k, v)),
         ),
         {"factor": "fp32", "softcap": "fp32"}, ("stride_b", "stride_h", "stride_t"), {"num_warps": 4}, one("sm_90"), loop=True,
+    )  # fmt: skip
+
+
+def linear_hopper_kernel(bits: int, head_dim: int, centre: bool, rows: int = 4) -> Kernel:
+    """`linear_hopper.linear_kernel` for keys of `bits` bits and as many query rows of a KV head, padded."""
+    f = Format(head_dim, bits, bits)
+    half = "*bf16" if bits == 16 else "*fp16"
+    return Kernel(
+        linear_hopper.linear_kernel,
+        {
+            **dict.fromkeys(("latent", "bias", "c", "centre", "out"), "*fp32"), **dict.fromkeys(("table", "lengths", "levels"), "*i32"),
+            "basis": half, "pool": "*u8",
+        },
+        dict(
+            D=head_dim, K=bits, R=rows, SCALES=f.scale_offset, NBYTES=f.nbytes, HALF=gl.bfloat16 if bits == 16 else gl.float16,
+            CENTRE=centre,
+        ),
+        options={"num_warps": 4, "maxnreg": linear_hopper.REGISTERS}, targets=one("sm_90"),
     )  # fmt: skip
 
 
@@ -237,7 +256,7 @@ def store_kernel() -> Kernel:
     )  # fmt: skip
 
 
-def move_kernel(k: int, v: int, head_dim: int, **more: Any) -> Kernel:
+def move_kernel(k: int, v: int, head_dim: int, ordered: bool = True, **more: Any) -> Kernel:
     """`move.move_kernel` for `k` and `v` bits."""
     f = Format(head_dim, k, v)
     return Kernel(
@@ -245,7 +264,7 @@ def move_kernel(k: int, v: int, head_dim: int, **more: Any) -> Kernel:
         {"pool": "*u8", **dict.fromkeys(("table", "keep", "counts"), "*i32")},
         dict(
             D=head_dim, K_BITS=k, V_BITS=v, VALUES_AT=f.value_offset, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes, PAGE=PAGE,
-            SPAN=move.SPAN,
+            SPAN=min(move.SPAN, head_dim), FEW=move.FEW if ordered else PAGE,
         ),
         **more,
     )  # fmt: skip
@@ -268,12 +287,12 @@ def linear_kernel(bits: int, head_dim: int, num_warps: int = linear.WARPS, **mor
     )  # fmt: skip
 
 
-def top_kernel(groups: int, block: int, num_warps: int, standardise: bool = True, **more: Any) -> Kernel:
+def top_kernel(groups: int, block: int, num_warps: int, standardise: bool = True, ordered: bool = False, **more: Any) -> Kernel:
     """`top.top_kernel` for as many query heads of a KV head, padded."""
     return Kernel(
         top.top_kernel,
         {"raw": "*fp32", **dict.fromkeys(("lengths", "keys", "out"), "*i32")},
-        dict(GROUPS=groups, STANDARDISE=standardise, BLOCK=block),
+        dict(GROUPS=groups, STANDARDISE=standardise, ORDERED=ordered, BLOCK=block),
         {}, ("slots",), {"num_warps": num_warps}, **more,
     )  # fmt: skip
 
@@ -318,6 +337,7 @@ KERNELS = {
     "project": project_kernel(),
     "store": store_kernel(),
     "move, 4 and 4 bits of 128": move_kernel(4, 4, 128),
+    "move, 4 and 4 bits of 128, no order": move_kernel(4, 4, 128, ordered=False),
     "move, 3 and 3 bits of 128": move_kernel(3, 3, 128, targets=one("sm_90")),
     "move, 16 and 16 bits of 256": move_kernel(16, 16, 256, targets=one("sm_90")),
     "linear, 4 bits of 128": linear_kernel(4, 128, targets=NVIDIA),
@@ -327,9 +347,13 @@ KERNELS = {
     "linear, 8 bits of 256": linear_kernel(8, 256, targets=one("sm_90")),
     "linear, 16 bits of 128": linear_kernel(16, 128, targets=one("sm_90")),
     "linear, 16 bits of 256": linear_kernel(16, 256, targets=one("sm_90")),
+    "linear on Hopper, 4 bits of 128": linear_hopper_kernel(4, 128, False),
+    "linear on Hopper, 3 bits of 128, 16 query heads": linear_hopper_kernel(3, 128, True, 16),
+    "linear on Hopper, 8 bits of 64": linear_hopper_kernel(8, 64, True),
+    "linear on Hopper, 16 bits of 128": linear_hopper_kernel(16, 128, False),
     "top, 4 query heads": top_kernel(4, *top.SHORT),
     "top, 16 query heads": top_kernel(16, *top.SHORT, targets=one("sm_90")),
-    "top, long rows of scores": top_kernel(1, *top.LONG, standardise=False, targets=NVIDIA),
+    "top, long rows of scores": top_kernel(1, *top.LONG, standardise=False, ordered=True, targets=NVIDIA),
 }
 
 

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 H, SLOTS = 2, 4  # heads; pages of a row
 # Every width on both sides, beside another one: sides move by themselves.
 FORMATS = [(d, k, v) for d in (64, 128, 256) for k, v in zip(WIDTHS, WIDTHS[2:] + WIDTHS[:2], strict=True) if (d, k) != (64, 3)]
-Move = Callable[[Pages, Tensor, Tensor], None]
+Move = Callable[[Pages, Tensor, Tensor, bool], None]
 
 
 def noisy_pages(f: Format, rows: int) -> Pages:
@@ -46,6 +46,16 @@ def without(length: int, *gone: int) -> Tensor:
     return torch.tensor([n for n in range(length) if n not in gone]).expand(H, -1)
 
 
+def in_place(tokens: Tensor) -> Tensor:
+    """The same tokens, those below their number at their own places."""
+    out = torch.full_like(tokens, -1)
+    for row, place in zip(tokens, out, strict=True):
+        stays = row[row < len(row)]
+        place[stays] = stays
+        place[place < 0] = row[len(stays) :]
+    return out
+
+
 def packed(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """keep `[B, H, M]`, with tokens that nobody has behind the counts, and counts `[B]`."""
     keep = torch.full((len(rows), H, max(r.shape[1] for r in rows) + 3), 2**30, dtype=torch.int32)
@@ -54,10 +64,10 @@ def packed(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return keep, torch.tensor([r.shape[1] for r in rows], dtype=torch.int32)
 
 
-def moved(pages: Pages, keep: Tensor, counts: Tensor, move: Move, device: torch.device) -> Tensor:
+def moved(pages: Pages, keep: Tensor, counts: Tensor, move: Move, device: torch.device, ordered: bool = True) -> Tensor:
     """The pool after `move`, which reads and writes copies."""
     there = Pages(pages.format, *(t.clone().to(device) for t in (pages.pool, pages.table, pages.lengths)))
-    move(there, keep.to(device), counts.to(device))
+    move(there, keep.to(device), counts.to(device), ordered)
     return there.pool.cpu()
 
 
@@ -70,6 +80,10 @@ RAGGED = [
     torch.full((H, 1), 383),  # the last token of a page, alone
     torch.arange(200, 329).expand(H, -1),  # a block
     without(129, 0),  # all move by one, one over a border
+    in_place(some(3, 470, 300)),  # only those behind the places move, to any place
+    in_place(some(4, 500, 40)),
+    in_place(without(300, 5, 6, 140, 141)),  # pages that get two
+    without(140, 129),  # few move, each to where the one before was
 ]
 
 
@@ -90,8 +104,10 @@ def test_tokens_that_stay_are_the_same_bits(head_dim: int, k: int, v: int) -> No
 @pytest.mark.parametrize(("head_dim", "k", "v"), FORMATS)
 def test_the_kernel_moves_the_same_bits(head_dim: int, k: int, v: int) -> None:
     pages, (keep, counts) = noisy_pages(Format(head_dim, k, v), len(RAGGED)), packed(RAGGED)
-    found = moved(pages, keep, counts, move, DEVICE)
-    assert torch.equal(found, moved(pages, keep, counts, compact, CPU)) and not torch.equal(found, pages.pool)
+    wanted = moved(pages, keep, counts, compact, CPU)
+    assert not torch.equal(wanted, pages.pool)
+    for ordered in (False, True):
+        assert torch.equal(moved(pages, keep, counts, move, DEVICE, ordered), wanted)
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 512])
@@ -123,5 +139,5 @@ def test_a_table_that_is_a_row_of_a_larger_one() -> None:
     pages, (keep, counts) = noisy_pages(Format(64, 4, 2), 3), packed(RAGGED[:1])
     row = replace(pages, table=pages.table[1:2, :4], lengths=pages.lengths[1:2])
     wide = replace(pages, pool=pages.pool.clone().to(DEVICE), table=pages.table.to(DEVICE)[1:2])
-    move(wide, keep.to(DEVICE), counts.to(DEVICE))
+    move(wide, keep.to(DEVICE), counts.to(DEVICE), True)
     assert torch.equal(wide.pool.cpu(), moved(row, keep, counts, compact, CPU))

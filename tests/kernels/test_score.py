@@ -17,9 +17,9 @@ from kvstack.codecs.exact import ExactCodec
 from kvstack.codecs.fp8 import Fp8Codec
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
+from kvstack.kernels import linear, linear_hopper
 from kvstack.kernels.append import append
 from kvstack.kernels.codes import page_format
-from kvstack.kernels.linear import score_pages
 from kvstack.kernels.pages import PAGE, Pages
 from kvstack.kernels.score import score_linear
 from kvstack.rope import Rope
@@ -34,6 +34,7 @@ pytestmark = [  # all of Triton's interpreter; NaN is behind the ends of rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
+HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 H, SLOTS = 2, 3  # heads; pages of a row
 RAGGED = (300, 0, 1, 129, 128, 384)
 
@@ -90,8 +91,8 @@ def case(
     return Case(pages, key, rope or Rope.half(head_dim), w / size, c / size, key.decode(key.encode(k)))
 
 
-def check(c: Case, bound: float = 5e-4) -> None:
-    wanted, found = score_linear(*c.on(CPU)), score_pages(*c.on(DEVICE)).cpu()
+def check(c: Case, way: Any = linear, bound: float = 5e-4) -> None:
+    wanted, found = score_linear(*c.on(CPU)), way.score_pages(*c.on(DEVICE)).cpu()
     assert found.shape == wanted.shape and found.dtype == wanted.dtype == torch.float32
     behind = torch.arange(wanted.shape[-1]) >= c.pages.lengths[:, None]
     for x in (wanted, found):
@@ -143,7 +144,7 @@ def test_rows_and_heads_have_their_own_weights() -> None:
     c = case(codec(4, 64), 64, 2, (140, 140))
     w = torch.zeros_like(c.w)
     w[1, 0, 1] = c.w[1, 0, 1]
-    found = score_pages(*replace(c, w=w, c=torch.zeros_like(c.c)).on(DEVICE)).cpu()
+    found = linear.score_pages(*replace(c, w=w, c=torch.zeros_like(c.c)).on(DEVICE)).cpu()
     assert bool(found[1, 0, 1, :140].all()) and found.count_nonzero() == 140
 
 
@@ -151,3 +152,22 @@ def test_rows_and_heads_have_their_own_weights() -> None:
 def test_numbers_of_bfloat16() -> None:
     """Which Triton's interpreter gets wrong."""
     check(case(ExactCodec(128, torch.bfloat16), 128))
+
+
+@pytest.mark.skipif(not HOPPER, reason="there is no Hopper GPU")
+@pytest.mark.parametrize("rope", ["halves", "neighbours"])
+@pytest.mark.parametrize("groups", [1, 4, 7, 16])
+@pytest.mark.parametrize(
+    ("head_dim", "bits"), [(d, bits) for d in linear_hopper.HEAD_DIMS for bits in (2, 3, 4, 8, 16) if (d, bits) != (64, 3)]
+)
+def test_hopper(head_dim: int, bits: int, groups: int, rope: str) -> None:
+    """With and without a centre, in 16 bits of both types, and with norms of any size."""
+    turn = Rope.half(head_dim) if rope == "halves" else neighbours(head_dim)
+    for size in (1.0, 1e-3, 1e3):
+        keys = [codec(bits, head_dim)]
+        if bits < 8:
+            keys.append(codec(bits, head_dim, centre=10 * draw(9, H, head_dim)))
+        if bits == 16:
+            keys.append(ExactCodec(head_dim, torch.bfloat16))
+        for key in keys:
+            check(case(key, head_dim, groups, rope=turn, size=size), linear_hopper)

@@ -37,15 +37,16 @@ def poisoned(raw: Tensor, lengths: Tensor) -> Tensor:
 
 
 def check(raw: Tensor, lengths: Tensor, places: int, standardise: bool) -> Tensor:
-    """What the twin returns, if the kernel returns the same tokens."""
-    raw = poisoned(raw, lengths)
-    wanted = select(raw, lengths, places, standardise)
-    found = top(raw.to(DEVICE), lengths.to(DEVICE), places, standardise).cpu()
-    n = raw.shape[-1]
-    for x in (wanted, found):
-        assert x.shape == (*raw.shape[:2], places) and x.dtype == torch.int32 and x.is_contiguous() and bool(((x >= 0) & (x < n)).all())
-    for b, length in enumerate(lengths.tolist()):
-        assert torch.equal(found[b, :, : min(places, length)], wanted[b, :, : min(places, length)])
+    """What the twin returns in order, if the kernel returns the same tokens, in order or in place."""
+    raw, n = poisoned(raw, lengths), raw.shape[-1]
+    for ordered in (False, True):
+        wanted = select(raw, lengths, places, standardise, ordered)
+        found = top(raw.to(DEVICE), lengths.to(DEVICE), places, standardise, ordered).cpu()
+        for x in (wanted, found):
+            assert x.shape == (*raw.shape[:2], places) and x.dtype == torch.int32 and x.is_contiguous()
+            assert bool(((x >= 0) & (x < n)).all())
+        for b, length in enumerate(lengths.tolist()):
+            assert torch.equal(found[b, :, : min(places, length)], wanted[b, :, : min(places, length)])
     return wanted
 
 
@@ -56,12 +57,14 @@ def test_the_twin_sorts(seed: int, groups: int, n: int) -> None:
     g = generator(seed)
     raw = SPECIAL[torch.randint(len(SPECIAL), (3, 2, groups, n), generator=g)]
     lengths, places = torch.randint(n + 1, (3,), generator=g).int(), int(torch.randint(n + 1, (), generator=g))
-    found = select(poisoned(raw, lengths), lengths, places, False)
+    found, in_place = (select(poisoned(raw, lengths), lengths, places, False, ordered) for ordered in (True, False))
     for b, length in enumerate(lengths.tolist()):
         for h in range(2):
             scores = [max(-math.inf if math.isnan(x) else x for x in raw[b, h, :, i].tolist()) for i in range(length)]
             best = sorted(range(length), key=lambda i: (-scores[i], i))[:places]
             assert found[b, h, : len(best)].tolist() == sorted(best)
+            moving = iter(sorted(i for i in best if i >= len(best)))
+            assert in_place[b, h, : len(best)].tolist() == [i if i in best else next(moving) for i in range(len(best))]
 
 
 @pytest.mark.parametrize("standardise", [False, True])
@@ -96,7 +99,7 @@ def test_the_kernel_standardises(groups: int, n: int) -> None:
     raw = offset + raw / n * torch.exp(2 * size)
     lengths = torch.tensor([n, n - 60, 5], dtype=torch.int32)
     found = check(raw, lengths, n // 2, True)
-    assert groups == 1 or not torch.equal(found[0], select(raw, lengths, n // 2, False)[0]), "as it is, one query head decides"
+    assert groups == 1 or not torch.equal(found[0], select(raw, lengths, n // 2, False, True)[0]), "as it is, one query head decides"
 
 
 def test_what_has_no_deviation_keeps_the_oldest() -> None:

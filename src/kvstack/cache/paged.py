@@ -87,7 +87,7 @@ class PagedTier(Tier):
         """See `Tier.keep`. Pages that nothing is in go back to the pool, which becomes smaller when half of it is empty now, or when
         nobody has asked for an eighth of it since the last time."""
         device, pool, idle = self.pages.table.device, len(self.pages.pool), len(self.free)
-        compact(self.pages, index.to(device, torch.int32), counts.to(device, torch.int32))
+        compact(self.pages, index.to(device, torch.int32), counts.to(device, torch.int32), ordered=True)
         held = -(-counts // PAGE)
         table = self.pages.table.cpu()
         for row, (old, new) in enumerate(zip(self.held.tolist(), held.tolist(), strict=True)):

@@ -190,7 +190,7 @@ class StaticStore:
         values = v[:, :, old].float() if self.scorer.values else None
         view = View.of_keys(keys, values, torch.ones_like(age, dtype=torch.bool), age, seen, scale)
         length = torch.full(k.shape[:1], keys.shape[2], dtype=torch.int32, device=k.device)
-        best = select(self.scorer.score(view)[:, :, None].contiguous(), length, self.places, standardise=False)
+        best = select(self.scorer.score(view)[:, :, None].contiguous(), length, self.places, standardise=False, ordered=True)
         at = best.long()[..., None] + self.steps.sinks
         return k.take_along_dim(at, 2), v.take_along_dim(at, 2)
 
@@ -208,8 +208,8 @@ class StaticStore:
             rows = max(1, DECODED // (pages.pool.shape[1] * slots * pages.format.head_dim))
             parts = [self._scores(self.body, slice(i, i + rows)) for i in range(0, at.size.batch, rows)]
             raw = torch.cat(parts)[:, :, None]  # as if every KV head had one query head
-        keep = select(raw, at.body, min(self.places, slots), standardise=weights is not None)
-        compact(pages, keep, at.body.clamp_max(self.places))
+        keep = select(raw, at.body, min(self.places, slots), weights is not None, self.scorer.ordered)
+        compact(pages, keep, at.body.clamp_max(self.places), self.scorer.ordered)
 
     def _scores(self, body: Body, rows: slice) -> Tensor:
         """Scores `[b, H, N]` of some rows, for scorers that no kernel serves: keys are decoded, and values if they are asked for."""

@@ -23,7 +23,7 @@ from kvstack.cli.compare import read_text, split
 from kvstack.errors import BadInputError
 from kvstack.eval.suite import SuiteConfig, text_batches
 from kvstack.hf.models import check_context
-from kvstack.lab.calibration import LENGTH, calibration_batches
+from kvstack.lab.calibration import LENGTH, SAMPLES, calibration_batches
 from kvstack.lab.registry import folder, load
 from kvstack.lab.tasks import TASKS
 from kvstack.lab.text import digest
@@ -54,6 +54,10 @@ def calibrate(
     tasks: Annotated[
         str | None, typer.Option(help="Which tasks, separated by commas; an empty text for none. Without this option, all.")
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Windows of text, and samples of each task, for the forecast; {SAMPLES} by default."),
+    ] = None,
     upstream: Annotated[Path | None, typer.Option(help="Write the query statistics to this TriAttention file as well.")] = None,
     from_upstream: Annotated[Path | None, typer.Option(help="Read them from a TriAttention file instead of running the model.")] = None,
 ) -> None:
@@ -61,8 +65,11 @@ def calibrate(
     for place in (out, *([upstream.parent] if upstream else [])):
         artefact.check_folder(place)
     lab = (folder(model) / "training.json").is_file()
-    if tasks is not None and not (forecast and lab):
-        raise BadInputError("--tasks are for the forecast of a lab model. Give --forecast and such a model, or leave --tasks away.")
+    for option, given in {"tasks": tasks, "samples": samples}.items():
+        if given is not None and not (forecast and lab):
+            raise BadInputError(
+                f"--{option} is for the forecast of a lab model. Give --forecast and such a model, or leave --{option} away."
+            )
     text = read_text(data) if forecast or not from_upstream else ""
     lm, tokenizer = load(model)
     began = time.perf_counter()
@@ -71,7 +78,8 @@ def calibrate(
     windows = _windows(lm, tokenizer, text, tokens, length) if text else []
     batches: Sequence[Batch] = windows
     if forecast and lab:
-        batches = calibration_batches(tokenizer, text, min(LENGTH, lm.config.max_position_embeddings), tasks=chosen)
+        longest = min(LENGTH, lm.config.max_position_embeddings)
+        batches = calibration_batches(tokenizer, text, longest, samples or SAMPLES, chosen)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         if from_upstream:

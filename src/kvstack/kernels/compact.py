@@ -11,11 +11,12 @@ from kvstack.kernels.decode import choose
 from kvstack.kernels.pages import Pages, read, write
 
 
-def compact(pages: Pages, keep: Tensor, counts: Tensor) -> None:
+def compact(pages: Pages, keep: Tensor, counts: Tensor, ordered: bool) -> None:
     """In row b and head h, make the tokens `keep[b, h, :counts[b]]` the tokens 0, ..., counts[b] - 1, in place.
 
-    keep: `[B, H, M]` int32, indices of tokens of the row, strictly ascending; anything behind `counts[b]`. counts: `[B]` int32, at most
-    M. Both on the device. What is stored from token counts[b] on stays as it is: in the last page old tokens, which are numbers.
+    keep: `[B, H, M]` int32, tokens of the row, none twice, the n-th no less than n, as if they ascend; anything behind `counts[b]`.
+    counts: `[B]` int32, at most M. Both on the device. ordered: as of `select`; it says only what is fast. What is stored from token
+    counts[b] on stays as it is: in the last page old tokens, which are numbers.
     """
     if choose(keep.device).name == "reference":
         b, h, m = (torch.arange(n, device=keep.device) for n in keep.shape)
@@ -25,4 +26,4 @@ def compact(pages: Pages, keep: Tensor, counts: Tensor) -> None:
     else:
         from kvstack.kernels.move import move  # needs Triton
 
-        move(pages, keep, counts)
+        move(pages, keep, counts, ordered)

@@ -83,7 +83,7 @@ UNPACK3 = gl.constexpr(
 
 
 @gluon.constexpr_function
-def _fragment(rows: int, words: int) -> Any:
+def fragment(rows: int, words: int) -> Any:
     """Layout of `[rows, 4, words]` words: thread t of quad g of warp w holds rows 64 m + 16 w + 8 e + g."""
     registers = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
     registers += [[8, 0, 0]] + [[64 << i, 0, 0] for i in range((rows // 64).bit_length() - 1)]
@@ -92,7 +92,7 @@ def _fragment(rows: int, words: int) -> Any:
 
 
 @gluon.constexpr_function
-def _paired(rows: int, columns: int) -> Any:
+def paired(rows: int, columns: int) -> Any:
     """Layout of `[rows, columns, 2]`: the product's, with a query row's two columns as the last axis."""
     registers = [[0, 0, 1], [8, 0, 0]] + [[0, 4 << i, 0] for i in range((columns // 4).bit_length() - 1)]
     registers += [[64 << i, 0, 0] for i in range((rows // 64).bit_length() - 1)]
@@ -101,7 +101,7 @@ def _paired(rows: int, columns: int) -> Any:
 
 
 @gluon.constexpr_function
-def _query(rows: int, bits: int) -> Any:
+def query_layout(rows: int, bits: int) -> Any:
     """Layout of queries `[rows, D]`: a row in one warp, and 2 bytes of what is stored of it in one thread.
 
     With four bytes Triton 3.6 stores by `stmatrix`, and E4M3 numbers to other places than where the product reads.
@@ -111,7 +111,7 @@ def _query(rows: int, bits: int) -> Any:
 
 @gluon.constexpr_function
 def _per_warp(columns: int) -> Any:
-    """Layout of `[4, columns]`, a number for every warp and query row: all warps' numbers in every thread, rows as in `_paired`."""
+    """Layout of `[4, columns]`, a number for every warp and query row: all warps' numbers in every thread, rows as in `paired`."""
     registers = [[1, 0], [2, 0]] + [[0, 4 << i] for i in range((columns // 4).bit_length() - 1)]
     return gl.DistributedLinearLayout(registers, [[0, 1], [0, 2], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [4, columns])
 
@@ -129,7 +129,7 @@ def log2(x):
 
 
 @gluon.jit
-def _copy(shared, base, mask):
+def copy_words(shared, base, mask):
     """Start to copy a plane of words at `base` into `shared [words]`, 16 bytes a thread at a time."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     offset = gl.arange(0, shared.shape[0], layout=L)
@@ -142,12 +142,12 @@ def _copy_page(
     K: gl.constexpr, V: gl.constexpr, VALUES: gl.constexpr, SCALES: gl.constexpr,
 ):  # fmt: skip
     """Start to copy the page at `base`. High planes are looked at with 3 bits only."""
-    _copy(k_low, base, mask)
+    copy_words(k_low, base, mask)
     if K == 3:
-        _copy(k_high, base + k_low.shape[0] * 4, mask)
-    _copy(v_low, base + VALUES, mask)
+        copy_words(k_high, base + k_low.shape[0] * 4, mask)
+    copy_words(v_low, base + VALUES, mask)
     if V == 3:
-        _copy(v_high, base + VALUES + v_low.shape[0] * 4, mask)
+        copy_words(v_high, base + VALUES + v_low.shape[0] * 4, mask)
     one = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     async_copy.async_copy_global_to_shared(scales, (base + SCALES).to(gl.pointer_type(gl.uint32), bitcast=True) + one, mask=mask)
     async_copy.commit_group()
@@ -157,7 +157,7 @@ def _copy_page(
 def _read(plane, ROWS: gl.constexpr):
     """A thread's words `[ROWS, 4, W]` of a plane."""
     W: gl.constexpr = plane.shape[0] // (4 * ROWS)
-    return plane.reshape((ROWS, 4, W)).load(_fragment(ROWS, W))
+    return plane.reshape((ROWS, 4, W)).load(fragment(ROWS, W))
 
 
 @gluon.jit
@@ -173,13 +173,14 @@ def _halves(w, TYPE: gl.constexpr):
 
 
 @gluon.jit
-def _operand(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TYPE: gl.constexpr, L: gl.constexpr):
-    """The packed matrix in planes `low` and, with 3 bits, `high`, as the operand `[ROWS, COLUMNS]` of `TYPE` in layout `L`.
+def numbers(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TYPE: gl.constexpr):
+    """The packed matrix `[ROWS, COLUMNS]` in planes `low` and, with 3 bits, `high`, as numbers of `TYPE` in the order of memory,
+    `[ROWS, t, s, h, i]`, see `pages`; the last four axes are of size 4, COLUMNS / 32, 2 and 4, with 16 bits 4, COLUMNS / 16, 2 and 2.
 
     t0, t1: the table, four levels each.
     """
     x = _read(low, ROWS)
-    W: gl.constexpr = _fragment(ROWS, COLUMNS // 128 if BITS == 3 else COLUMNS * BITS // 128)
+    W: gl.constexpr = fragment(ROWS, COLUMNS // 128 if BITS == 3 else COLUMNS * BITS // 128)
     t0 = gl.convert_layout(t0, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
     t1 = gl.convert_layout(t1, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
     if BITS == 4:
@@ -198,9 +199,16 @@ def _operand(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS:
         a, b, c, d = gl.inline_asm_elementwise(UNPACK3, "=r,=r,=r,=r,r,r,r,r", args, dtype=_FOUR, is_pure=True, pack=1)
         x = gl.join(x, gl.join(gl.join(a, c), gl.join(b, d))).permute((0, 1, 2, 5, 3, 4))
     if BITS == 16:
-        x = _halves(x, TYPE).reshape((ROWS, 4, COLUMNS // 16, 2, 2))  # [row, t, s, h, i]
+        x = _halves(x, TYPE).reshape((ROWS, 4, COLUMNS // 16, 2, 2))
     else:
         x = _bytes(x).reshape((ROWS, 4, COLUMNS // 32, 2, 4)).to(TYPE, bitcast=True)
+    return x
+
+
+@gluon.jit
+def _operand(low, high, t0, t1, BITS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, TYPE: gl.constexpr, L: gl.constexpr):
+    """`numbers` as the operand `[ROWS, COLUMNS]` in layout `L`."""
+    x = numbers(low, high, t0, t1, BITS, ROWS, COLUMNS, TYPE)
     return gl.convert_layout(x.permute((0, 2, 3, 1, 4)).reshape((ROWS, COLUMNS)), L)
 
 
@@ -216,14 +224,14 @@ def _in_halves(a, b, zero):
 
 
 @gluon.jit
-def _near_and_rest(x, TYPE: gl.constexpr):
+def near_and_rest(x, TYPE: gl.constexpr):
     """Numbers of `TYPE` next to `x`, and 16 times what they miss."""
     near = x.to(TYPE)
     return near, ((x - near.to(gl.float32)) * 16.0).to(TYPE)
 
 
 @gluon.jit
-def _joined(x, L: gl.constexpr):
+def joined(x, L: gl.constexpr):
     """`[N, R]` in layout `L` of the neighbouring columns `[N, 2 * R]`."""
     near, rest = gl.split(x.reshape((x.shape[0], x.shape[1] // 2, 2)))
     return gl.convert_layout(near, L) + gl.convert_layout(rest, L) * 0.0625
@@ -289,15 +297,15 @@ def _decode(
     VT: gl.constexpr = HALF if V == 16 else gl.float8e4nv
     SM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * R, 16 if K == 16 else 32])
     OM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * R, 16 if V == 16 else 32])
-    ST: gl.constexpr = gl.SliceLayout(2, _paired(128, R))  # of S^T [128 tokens, R]
-    OT: gl.constexpr = gl.SliceLayout(2, _paired(D, R))  # of O^T [D, R]
+    ST: gl.constexpr = gl.SliceLayout(2, paired(128, R))  # of S^T [128 tokens, R]
+    OT: gl.constexpr = gl.SliceLayout(2, paired(D, R))  # of O^T [D, R]
     TOKEN: gl.constexpr = gl.SliceLayout(1, ST)
     ROW: gl.constexpr = gl.SliceLayout(0, ST)
-    Q: gl.constexpr = _query(R, K)
+    Q: gl.constexpr = query_layout(R, K)
 
     # Every thread loads its own copy, so that the tables stay in registers: what the compiler knows to be the same in all threads it
     # keeps elsewhere, and moves into place before every use.
-    copy = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, _fragment(128, 4))))
+    copy = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, fragment(128, 4))))
     kt0 = gl.load(k_table_ptr + copy)
     kt1 = gl.load(k_table_ptr + 4 + copy)
     vt0 = gl.load(v_table_ptr + copy)
@@ -346,7 +354,7 @@ def _decode(
         if ROTATE:
             q = _hadamard(q * gl.load(signs_ptr + d)[None, :], Q, R, D, LOG2_D)
         power = gl.exp2(gl.ceil(gl.log2(gl.maximum(gl.max(gl.abs(q), 1), 1e-30))) - 8.0)
-        q_near, q_rest = _near_and_rest(q / power[:, None], KT)
+        q_near, q_rest = near_and_rest(q / power[:, None], KT)
         gl.thread_barrier()  # the last segment's products have read their queries
         q_shared.store(gl.join(q_near, q_rest).permute((0, 2, 1)).reshape((2 * R, D)))
         fence_async_shared()
@@ -383,7 +391,7 @@ def _decode(
                 s += s_more
             k_scale = (scales << 16).to(gl.float32, bitcast=True)  # bfloat16 pairs
             v_scale = (scales & 0xFFFF0000).to(gl.float32, bitcast=True)
-            x = _joined(s, ST) * (k_scale[:, None] * q_scale[None, :]) + bias[None, :]
+            x = joined(s, ST) * (k_scale[:, None] * q_scale[None, :]) + bias[None, :]
             if SOFTCAP:  # tanh(y) = 1 - 2 / (1 + exp(2 y)); x is in base 2
                 y = exp2(x * (2.0 / softcap))
                 x = (softcap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + y))
@@ -402,14 +410,14 @@ def _decode(
             top = new_top
             p = exp2(x - top[None, :])
             total_weight = total_weight * fade[None, :] + p
-            p_near, p_rest = _near_and_rest(gl.where(seen, p * v_scale[:, None], 0.0), VT)
+            p_near, p_rest = near_and_rest(gl.where(seen, p * v_scale[:, None], 0.0), VT)
             p_shared.permute((1, 0)).store(gl.join(p_near, p_rest).reshape((128, 2 * R)))
             fence_async_shared()
             async_copy.wait_group(STAGES - 1)  # the next page is here
             gl.thread_barrier()
             o = warpgroup_mma(v, p_shared.permute((1, 0)), zero_o, use_acc=False, max_num_imprecise_acc=128, is_async=True)
             o = warpgroup_mma_wait(0, [o])
-            acc = acc * gl.convert_layout(fade, gl.SliceLayout(0, OT))[None, :] + _joined(o, OT)
+            acc = acc * gl.convert_layout(fade, gl.SliceLayout(0, OT))[None, :] + joined(o, OT)
         weight = gl.sum(total_weight, 0)
         slot = (program + segment) * rows
         gl.store(lse_ptr + slot + row, top + gl.log2(weight), mask=row < rows)

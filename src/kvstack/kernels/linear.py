@@ -93,10 +93,11 @@ def linear_kernel(
     w_most = _most(w)
     w = w * (1.0 / w_most)
     high = w.to(x.dtype)
-    score = tl.dot(x, tl.trans(high))
+    # With x first, Triton 3.6 reads it from beyond its shared memory on sm_90: it goes to Hopper's product, as to others below.
+    part = tl.dot(high, tl.trans(x))
     if x.dtype == tl.bfloat16:  # the digits that it has not
-        score = tl.dot(x, tl.trans((w - high).to(x.dtype)), acc=score)
-    score = score * (scale * tl.trans(w_most))
+        part = tl.dot((w - high).to(x.dtype), tl.trans(x), acc=part)
+    score = tl.trans(part) * (scale * tl.trans(w_most))
     if CENTRE:
         score += tl.load(bias + segment * groups + g, mask=g < groups, other=0.0)[None, :]
     c += (h * groups + g)[:, None] * F

@@ -27,6 +27,8 @@ def score_linear(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> 
         here = torch.arange(codes.shape[2], device=w.device) < pages.lengths[:, None, None]
         keys = key.decode(from_page(key, codes, scales[..., 0])).masked_fill(~here[..., None], 0)
         return torch.einsum("bhgd,bhnd->bhgn", w, keys) + torch.einsum("hgf,bhnf->bhgn", c, rope.bands(keys).abs())
-    from kvstack.kernels.linear import score_pages  # needs Triton
+    from kvstack.kernels import linear, linear_hopper  # need Triton
 
-    return score_pages(pages, key, rope, w, c)
+    if choose(w.device, key).name == "hopper" and w.shape[-1] in linear_hopper.HEAD_DIMS:
+        return linear_hopper.score_pages(pages, key, rope, w, c)
+    return linear.score_pages(pages, key, rope, w, c)

@@ -125,13 +125,15 @@ class View:
 
 class Scorer(ABC):
     """Scores of one layer. queries: how many of the newest queries it looks at. records: numbers kept beside every token, of
-    `record_dtype`. values: whether it looks at values. observes: whether it wants the attention weights of all queries."""
+    `record_dtype`. values: whether it looks at values. observes: whether it wants the attention weights of all queries. ordered:
+    whether scores depend on the ages of candidates, or on their order."""
 
     queries: int = 0
     records: int = 0
     record_dtype: torch.dtype = torch.float32
     values: bool = False
     observes: bool = False
+    ordered: bool = True
 
     @abstractmethod
     def score(self, view: View) -> Tensor:

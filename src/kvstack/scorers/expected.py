@@ -25,6 +25,7 @@ class ExpectedScorer(Scorer):
     """See the module."""
 
     values = True
+    ordered = False
 
     def __init__(self, stats: QueryStats, rope: Rope, future: int) -> None:
         assert stats.covariance is not None

@@ -15,6 +15,8 @@ from kvstack.scorers.base import Layer, Scorer, Selection, View
 class KeyDiffScorer(Scorer):
     """See the module."""
 
+    ordered = False
+
     def score(self, view: View) -> Tensor:
         """See `Scorer.score`."""
         unit = normalize(view.key.masked_fill(~view.valid[..., None], 0), dim=-1)

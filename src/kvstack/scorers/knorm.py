@@ -10,6 +10,8 @@ from kvstack.scorers.base import Layer, Scorer, Selection, View
 class KNormScorer(Scorer):
     """See the module."""
 
+    ordered = False
+
     def score(self, view: View) -> Tensor:
         """See `Scorer.score`."""
         norm: Tensor = view.key.norm(dim=-1)

@@ -34,6 +34,8 @@ def fold(stats: QueryStats, rope: Rope, seen: Tensor) -> tuple[Tensor, Tensor]:
 class TriScorer(Scorer):
     """See the module."""
 
+    ordered = False
+
     def __init__(self, stats: QueryStats, rope: Rope, heads: int) -> None:
         self.stats, self.rope, self.heads = stats, rope, heads
 
