@@ -32,7 +32,10 @@ OPTIONS = {
         "model", "recipes", "budgets", "tasks", "task_options", "length", "text", "text_sequences", "samples", "batch", "seed",
         "profile", "profile_for", "ratio_at", "against", "workers", "json_out", "plot",
     ],
-    "calibrate": ["model", "out", "data", "tokens", "length", "covariance", "forecast", "tasks", "upstream", "from_upstream"],
+    "calibrate": [
+        "model", "out", "data", "tokens", "length", "covariance", "forecast", "tasks", "task_options", "samples", "upstream",
+        "from_upstream",
+    ],
     "inspect": ["profile", "plot", "layer", "as_json"],
     "qjl": ["model", "length", "text_sequences", "task_samples", "seeds", "out", "no_model", "as_json"],
     "doctor": ["as_json"],

@@ -64,12 +64,12 @@ def test_calibrate_reads_other_text(tmp_path: Path) -> None:
 def test_calibrate_trains_a_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "STEPS", 5)
     monkeypatch.setattr(calibrate, "LENGTH", 512)
-    args = ["--tokens", "256", "--forecast", "--samples", "1", "-o", str(tmp_path)]
+    args = ["--tokens", "256", "--forecast", "--samples", "1", "--task-options", "recall.share=0.5", "-o", str(tmp_path)]
     result = invoke("calibrate", "bundled", "--tasks", "recall, dfs", *args)
     assert re.search(r"rank correlation -?0\.\d{3}, cross-entropy 0\.\d{4}", result.stdout) and "forecast" in result.stderr
     profile = Profile.load(tmp_path / "profile.safetensors")
     assert profile.forecast_fit is not None and profile.tokens == 256
-    assert re.fullmatch("tuning text [0-9a-f]{16}; forecast: tuning text, recall, dfs", profile.source)
+    assert re.fullmatch("tuning text [0-9a-f]{16}; forecast: tuning text, recall, dfs, recall.share=0.5", profile.source)
 
 
 def test_forecasts_of_other_models_are_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +92,8 @@ def test_forecasts_of_other_models_are_of_text(tmp_path: Path, monkeypatch: pyte
         (["-o", "out", "--tokens", "100000000"], "Give a longer text"),
         (["-o", "out", "--from-upstream", "none.pt"], "cannot be read"),
         (["-o", "out", "--tasks", "recall"], "leave --tasks away"),
+        (["-o", "out", "--task-options", "chain.variables=9"], "leave --task-options away"),
+        (["-o", "out", "--forecast", "--tasks", "dfs", "--task-options", "chain.variables=9"], "options of chain"),
         (["-o", "out", "--samples", "8"], "leave --samples away"),
         (["-o", "out", "--forecast", "--tasks", "recal"], "There is no task 'recal'"),
     ],

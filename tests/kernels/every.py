@@ -14,9 +14,15 @@ from torch import Tensor
 from kvstack.bench import encode, own, prefill, trial
 from kvstack.bench.problem import Problem
 from kvstack.errors import KVStackError
+from kvstack.kernels.compact import compact
 from kvstack.kernels.decode import Body, Exact, Path, choose
 from kvstack.kernels.decode import decode as attend
+from kvstack.kernels.linear import score_pages
+from kvstack.kernels.pages import Pages
 from kvstack.kernels.reference import Shape
+from kvstack.kernels.score import score_linear
+from kvstack.kernels.select import select
+from kvstack.rope import Rope
 
 STEP = Problem((300, 1), heads=4, kv_heads=1, head_dim=128)
 CHUNK = Problem((300, 1), heads=4, kv_heads=1, head_dim=128, queries=70)
@@ -46,6 +52,23 @@ def again(device: torch.device) -> None:
     assert prefill.attend(q, body, Shape(CHUNK.scale)).isfinite().all()
 
 
+def evict(bits: int, head_dim: int, device: torch.device) -> None:
+    """Scores by both kernels, a choice by each order, and compaction, as without a GPU."""
+    here, cpu = own.random_pages(own.page_format(str(bits), head_dim), STEP, device), torch.device("cpu")
+    there = Pages(here.format, here.pool.cpu(), here.table.cpu(), here.lengths.cpu())
+    w, c = torch.randn(STEP.batch, 1, STEP.heads, head_dim), torch.rand(1, STEP.heads, head_dim // 2)
+    want = score_linear(there, own.codec(bits, head_dim, cpu), Rope.half(head_dim), w, c)
+    for scores in (score_linear, score_pages):
+        got = scores(here, own.codec(bits, head_dim, device), Rope.half(head_dim, device=device), w.to(device), c.to(device)).cpu()
+        assert (got - want).norm() <= 1e-3 * want.norm()
+    for ordered in (False, True):
+        keep, counts = select(want, there.lengths, 100, True, ordered), there.lengths.clamp_max(100)
+        assert torch.equal(select(want.to(device), here.lengths, 100, True, ordered).cpu()[0], keep[0])
+        compact(there, keep, counts, ordered)
+        compact(here, keep.to(device), counts.to(device), ordered)
+        assert torch.equal(here.pool.cpu(), there.pool)
+
+
 def main(part: str = "0/1") -> None:
     torch.manual_seed(0)
     first, step = map(int, part.split("/"))
@@ -62,6 +85,8 @@ def main(part: str = "0/1") -> None:
         todo += [(f"portable {what} {c.bits}", partial(trial.check, c, p, device)) for c in own.contenders("4, 8", 128, run)]
     for p in (STEP, replace(STEP, lengths=(20, 1)), replace(STEP, lengths=(5, 1))):
         todo += [(f"encode {c.bits}", partial(trial.check, c, p, device)) for c in encode.contenders("4, 3, 2, 8, 4+search", 128)]
+    for d, bits in ((128, (2, 3, 4, 8, 16)), (64, (4,)), (256, (4,))):
+        todo += [(f"evict {b} of {d}", partial(evict, b, d, device)) for b in bits]
     wrong = []
     for what, check in todo[first::step]:
         try:

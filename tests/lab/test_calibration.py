@@ -51,6 +51,15 @@ def test_families_can_be_left_out_and_others_stay_what_they_are() -> None:
     assert [kind(row) for row in rows(length=600, samples=3, tasks=())] == ["text"] * 3
 
 
+def test_tasks_have_options() -> None:
+    plain, few = (rows(length=600, samples=2, tasks=("chain", "dfs"), options=o) for o in ({}, {"chain": {"variables": 5}}))
+    for i, (a, b) in enumerate(zip(plain, few, strict=True)):
+        assert torch.equal(a, b) == (i // 2 != 1), "only chain has others"
+    for row in few[2:4]:
+        steps = TOKENIZER.decode(row).split(" ?")[0]
+        assert steps.count("\n") - steps.count(" +") == 6, "the header and five variables"
+
+
 def test_no_evaluation_sees_them() -> None:
     mine = {tuple(row.tolist()) for row in rows(length=600, samples=3)}
     words, ids = Words(TOKENIZER), TOKENIZER.encode(TEXT, add_special_tokens=False)
@@ -63,6 +72,8 @@ def test_no_evaluation_sees_them() -> None:
 def test_refused() -> None:
     with pytest.raises(BadInputError, match=r"no task 'recal'\. Choose from: recall, quote"):
         rows(tasks=("recal",))
+    with pytest.raises(BadInputError, match=r"options of dfs, which is not calibrated on\. Choose from: recall"):
+        rows(tasks=("recall",), options={"dfs": {}})
     with pytest.raises(BadInputError, match="512 tokens or more, not 511"):
         rows(length=511)
     with pytest.raises(BadInputError, match="Give a longer text"):

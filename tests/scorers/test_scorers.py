@@ -124,6 +124,17 @@ def test_garbage_changes_nothing(selection: Selection, garbage: float) -> None:
 
 
 @every(EVERY)
+def test_what_says_so_depends_on_no_order(selection: Selection) -> None:
+    """Candidates change places, and their ages stay behind."""
+    v, ordered = view(selection, torch.nan), selection.build(layer()).ordered
+    place = gaussian(B, H, N, seed=20).masked_fill(~v.valid, torch.inf).argsort(-1)
+    key, value, records = (None if x is None else x.take_along_dim(place[..., None], 2) for x in (v.key, v.value, v.records))
+    assert key is not None and records is not None
+    was, now = scores(selection, v).take_along_dim(place, 2), scores(selection, replace(v, key=key, value=value, records=records))
+    assert ordered != torch.allclose(was[v.valid], now[v.valid], rtol=1e-5, atol=1e-6)
+
+
+@every(EVERY)
 def test_a_row_is_the_same_alone(selection: Selection) -> None:
     v, whole = view(selection, torch.nan), layer()
     batch = scores(selection, v)

@@ -19,7 +19,7 @@ from kvstack import artefact
 from kvstack.calibrate import add_forecast, read_upstream, write_upstream
 from kvstack.calibrate import calibrate as run
 from kvstack.calibrate.run import Batch
-from kvstack.cli.compare import read_text, split
+from kvstack.cli.compare import read_options, read_text, split
 from kvstack.errors import BadInputError
 from kvstack.eval.suite import SuiteConfig, text_batches
 from kvstack.hf.models import check_context
@@ -33,6 +33,7 @@ EXAMPLES = """
 kvstack calibrate Qwen/Qwen3-0.6B -o out/qwen3
 kvstack calibrate bundled --data book.txt --tokens 100000 --covariance -o out/book
 kvstack calibrate bundled --forecast --tasks "recall, dfs" -o out/forecast
+kvstack calibrate bundled --forecast --task-options "chain.variables=26" --samples 64 -o out/reasoning
 kvstack calibrate Qwen/Qwen3-8B --from-upstream qwen3_8b_stats.pt -o out/qwen3-8b
 """
 
@@ -54,6 +55,7 @@ def calibrate(
     tasks: Annotated[
         str | None, typer.Option(help="Which tasks, separated by commas; an empty text for none. Without this option, all.")
     ] = None,
+    task_options: Annotated[str | None, typer.Option(help="Options of tasks, e.g. chain.variables=26.")] = None,
     samples: Annotated[
         int | None,
         typer.Option(min=1, help=f"Windows of text, and samples of each task, for the forecast; {SAMPLES} by default."),
@@ -65,7 +67,7 @@ def calibrate(
     for place in (out, *([upstream.parent] if upstream else [])):
         artefact.check_folder(place)
     lab = (folder(model) / "training.json").is_file()
-    for option, given in {"tasks": tasks, "samples": samples}.items():
+    for option, given in {"tasks": tasks, "task-options": task_options, "samples": samples}.items():
         if given is not None and not (forecast and lab):
             raise BadInputError(
                 f"--{option} is for the forecast of a lab model. Give --forecast and such a model, or leave --{option} away."
@@ -79,7 +81,7 @@ def calibrate(
     batches: Sequence[Batch] = windows
     if forecast and lab:
         longest = min(LENGTH, lm.config.max_position_embeddings)
-        batches = calibration_batches(tokenizer, text, longest, samples or SAMPLES, chosen)
+        batches = calibration_batches(tokenizer, text, longest, samples or SAMPLES, chosen, read_options(task_options or ""))
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         if from_upstream:
@@ -90,7 +92,7 @@ def calibrate(
         if forecast:
             second = bar.add_task("forecast")
             profile = add_forecast(
-                profile, lm, batches, ", ".join([name, *chosen]),
+                profile, lm, batches, ", ".join([name, *chosen, *split(task_options or "")]),
                 progress=lambda done, total: bar.update(second, completed=done, total=total),
             )  # fmt: skip
     seconds = time.perf_counter() - began

@@ -72,7 +72,7 @@ def compare(
         if path is not None:
             artefact.check_folder(path.parent)
     chosen = tuple(split(tasks))
-    cfg = SuiteConfig(length, text_sequences, samples, chosen, batch, seed, _options(task_options))
+    cfg = SuiteConfig(length, text_sequences, samples, chosen, batch, seed, read_options(task_options))
     if budgets:
         shares = selection.parse_budgets(split(budgets), length)
         if ratio_at:
@@ -195,7 +195,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _options(text: str) -> dict[str, dict[str, Any]]:
+def read_options(text: str) -> dict[str, dict[str, Any]]:
     """Options of tasks as `SuiteConfig` takes them."""
     found: dict[str, dict[str, Any]] = {}
     for part in split(text):

@@ -139,6 +139,7 @@ def linear_kernel(
     HALF: gl.constexpr,  # type of the operands
     CENTRE: gl.constexpr,
 ):
+    """See the module. Pages of the table count as they lie, those of a row's KV heads one after the other: `total` in all."""
     F: gl.constexpr = D // 2
     XT: gl.constexpr = HALF if K == 16 else gl.float8e4nv
     ANY: gl.constexpr = CENTRE or K == 16  # |k| may be any number

@@ -4,8 +4,10 @@ Text alone does not show what a model keeps for a task. Seeds begin with "calibr
 sequences of one kind, padded on the right.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from random import Random
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from kvstack.errors import BadInputError
 from kvstack.lab.tasks import TASKS, make
 from kvstack.lab.tokenizer import BOS, PAD, Words
 
-LENGTH, SAMPLES, ROWS = 2048, 24, 4
+LENGTH, SAMPLES, ROWS = 2048, 64, 4
 
 
 def calibration_batches(
@@ -25,14 +27,18 @@ def calibration_batches(
     length: int = LENGTH,
     samples: int = SAMPLES,
     tasks: Collection[str] = tuple(TASKS),
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[dict[str, Tensor]]:
     """`samples` windows of `text`, and as many samples of each of the `tasks`, of at most `length` tokens.
 
-    Batches of `input_ids` and `attention_mask`, both `[4, T]` or less. Samples too short for a forecast are drawn again.
-    Raises BadInputError for unknown tasks, for lengths below 512, at which there might be no others, and when the text is too short.
+    options: of tasks, by name. Batches of `input_ids` and `attention_mask`, both `[4, T]` or less. Samples too short for a forecast are
+    drawn again. Raises BadInputError for unknown tasks, for options of others than these, for lengths below 512, at which there might
+    be no others, and when the text is too short.
     """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise BadInputError(f"There is no task {unknown[0]!r}. Choose from: {', '.join(TASKS)}.")
+    if unused := [task for task in options if task not in tasks]:
+        raise BadInputError(f"There are options of {unused[0]}, which is not calibrated on. Choose from: {', '.join(tasks)}.")
     if length < 2 * SHORTEST:
         raise BadInputError(f"A forecast is calibrated on {2 * SHORTEST} tokens or more, not {length}. Use a model with that context.")
     ids, words = tokenizer.encode(text, add_special_tokens=False), Words(tokenizer)
@@ -47,7 +53,7 @@ def calibration_batches(
                 start = rng.randrange(len(ids) - length)
                 row = [BOS, *ids[start : start + length - 1]]
             else:
-                row = make(kind, words, rng, length, ids).tokens
+                row = make(kind, words, rng, length, ids, **options.get(kind, {})).tokens
             if len(row) >= SHORTEST:
                 rows.append(row)
         batches += [_padded(rows[i : i + ROWS]) for i in range(0, samples, ROWS)]

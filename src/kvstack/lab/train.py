@@ -216,5 +216,5 @@ def write_profile(folder: Path) -> None:
     windows = [torch.tensor([[BOS, *ids[i * (context - 1) : (i + 1) * (context - 1)]]]) for i in range(8)]
     profile = calibrate(model, windows, source=f"tuning text {digest(text)}")
     if context >= LENGTH:
-        profile = add_forecast(profile, model, calibration_batches(tok, text), f"tuning text and {', '.join(TASKS)}")
+        profile = add_forecast(profile, model, calibration_batches(tok, text, samples=128), f"tuning text and {', '.join(TASKS)}")
     profile.save(folder / "profile.safetensors")

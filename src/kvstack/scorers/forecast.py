@@ -39,6 +39,7 @@ class ForecastScorer(Scorer):
 
     records = 3
     record_dtype = torch.float16
+    ordered = False
 
     def __init__(self, weights: ForecastWeights, rope: Rope) -> None:
         self.weights, self.rope = weights, rope

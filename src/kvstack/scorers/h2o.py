@@ -16,6 +16,7 @@ class H2OScorer(Scorer):
 
     records = 1
     observes = True
+    ordered = False
 
     def score(self, view: View) -> Tensor:
         """See `Scorer.score`."""
