@@ -103,10 +103,11 @@ def test_tokens_that_stay_are_the_same_bits(head_dim: int, k: int, v: int) -> No
 
 @pytest.mark.parametrize(("head_dim", "k", "v"), FORMATS)
 def test_the_kernel_moves_the_same_bits(head_dim: int, k: int, v: int) -> None:
-    pages, (keep, counts) = noisy_pages(Format(head_dim, k, v), len(RAGGED)), packed(RAGGED)
-    wanted = moved(pages, keep, counts, compact, CPU)
-    assert not torch.equal(wanted, pages.pool)
-    for ordered in (False, True):
+    """Where no order is kept, token after token, which takes Triton's interpreter long: there, few of them."""
+    for ordered, sets in ((True, RAGGED), (False, RAGGED if DEVICE.type == "cuda" else RAGGED[-3:])):
+        pages, (keep, counts) = noisy_pages(Format(head_dim, k, v), len(sets)), packed(sets)
+        wanted = moved(pages, keep, counts, compact, CPU)
+        assert not torch.equal(wanted, pages.pool)
         assert torch.equal(moved(pages, keep, counts, move, DEVICE, ordered), wanted)
 
 
