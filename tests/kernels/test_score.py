@@ -17,9 +17,10 @@ from kvstack.codecs.exact import ExactCodec
 from kvstack.codecs.fp8 import Fp8Codec
 from kvstack.codecs.polar import PolarCodec
 from kvstack.codecs.rotation import rotation
-from kvstack.kernels import linear, linear_hopper
+from kvstack.kernels import linear, linear_hopper, score
 from kvstack.kernels.append import append
 from kvstack.kernels.codes import page_format
+from kvstack.kernels.decode import Path
 from kvstack.kernels.pages import PAGE, Pages
 from kvstack.kernels.score import score_linear
 from kvstack.rope import Rope
@@ -125,6 +126,14 @@ def test_widths_and_head_sizes(head_dim: int, bits: int) -> None:
 @pytest.mark.parametrize("rope", [Rope.half(64), neighbours(64)], ids=["halves", "neighbours"])
 def test_query_heads_and_pairs(rope: Rope, groups: int) -> None:
     check(case(codec(4, 64), 64, groups, (130, 20), rope))
+
+
+def test_more_query_heads_than_a_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case(codec(4, 64), 64, 20, (130, 20))
+    wanted = score_linear(*c.on(CPU))
+    if DEVICE == CPU:  # by the interpreter
+        monkeypatch.setattr(score, "choose", lambda *_: Path("portable", "asked for"))
+    assert error(score_linear(*c.on(DEVICE)).cpu(), wanted) < 5e-4
 
 
 @pytest.mark.parametrize("options", [{}, {"codebook": "exact", "scale": "unbiased"}])

@@ -90,7 +90,7 @@ def test_the_kernel_with_scores_that_are_equal_and_infinite(n: int, groups: int)
         assert found[0].tolist() == [list(range(places))] * 2
 
 
-@pytest.mark.parametrize(("groups", "n"), [(1, 640), (2, 77), (4, 1500), (5, 384), (16, 256)])
+@pytest.mark.parametrize(("groups", "n"), [(1, 640), (2, 77), (4, 1500), (5, 384), (16, 256), (20, 300)])
 def test_the_kernel_standardises(groups: int, n: int) -> None:
     """Scores of every size and place; on a grid, so that their order is the same whatever the last bits are."""
     g = generator(groups)

@@ -144,10 +144,12 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
                 "recipe": f"`{row['recipe']}`",
                 "context": f"{row['context']:,}",
                 "rows": str(row["batch"]),
+                **({"generated": f"{row['generated']:,}"} if "generated" in row else {}),
                 "ms a step": f"{row['ms']:.1f}",
                 **({"ms an eviction": f"{row['evict_ms']:.1f}" if "evict_ms" in row else "-"} if evicting else {}),
                 "tokens/s": f"{row['tokens_per_s']:,.0f}",
                 "x": f"{row['tokens_per_s'] / first:.2f}",
+                "peak GB": f"{row['peak_bytes'] / 1e9:.3f}",
             }
             for row in rows
         ]

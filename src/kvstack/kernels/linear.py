@@ -93,7 +93,7 @@ def linear_kernel(
     w_most = _most(w)
     w = w * (1.0 / w_most)
     high = w.to(x.dtype)
-    # With x first, Triton 3.6 reads it from beyond its shared memory on sm_90: it goes to Hopper's product, as to others below.
+    # x comes second here: as first operand of a product with 16 columns, Triton 3.6 reads it from beyond shared memory on sm_90.
     part = tl.dot(high, tl.trans(x))
     if x.dtype == tl.bfloat16:  # the digits that it has not
         part = tl.dot((w - high).to(x.dtype), tl.trans(x), acc=part)

@@ -15,8 +15,6 @@ x in the order of memory, which the host gives to basis and latent, too (`_order
 `linear` is its portable twin, for codecs, head sizes and GPUs that this does not take.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -29,17 +27,17 @@ from kvstack.codecs.polar import PolarCodec
 from kvstack.kernels.device import processors
 from kvstack.kernels.hopper import copy_words, fragment, joined, near_and_rest, numbers, paired, query_layout, table
 from kvstack.kernels.pages import PAGE, Pages
+from kvstack.kernels.portable import ROWS
 from kvstack.rope import Rope
 
 HEAD_DIMS = 64, 128
-MAX_GROUPS = 16
 OCCUPANCY, REGISTERS = 2, 255  # programs of a multiprocessor; registers of a thread that let them
 
 
 def score_pages(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> Tensor:
     """`score.score_linear` on Hopper, for codecs that `decode.choose` sends there, and head sizes of `HEAD_DIMS`."""
     f, (batch, heads, groups, head_dim), slots = pages.format, w.shape, pages.table.shape[1]
-    assert groups <= MAX_GROUPS and head_dim in HEAD_DIMS and c.shape == (heads, groups, head_dim // 2) and c.is_contiguous()
+    assert groups <= ROWS and head_dim in HEAD_DIMS and c.shape == (heads, groups, head_dim // 2) and c.is_contiguous()
     assert w.dtype == c.dtype == torch.float32 and head_dim == f.head_dim and pages.pool.shape[1:] == (heads, f.nbytes)
     assert pages.table.shape[0] == batch and pages.table.stride(1) == 1 and pages.pool.is_contiguous()
     half = key.dtype if isinstance(key, ExactCodec) else torch.float16
@@ -71,12 +69,6 @@ def _order(head_dim: int, bits: int, device: torch.device) -> Tensor:
         return column
     n, t = column // 16 * 4 + column // 8 % 2 * 2 + column % 2, column // 2 % 4  # number n of thread t
     return n // 8 * 32 + n // 4 % 2 * 16 + t * 4 + n % 4
-
-
-@gluon.constexpr_function
-def _flat(rows: int) -> Any:
-    """Layout in which a matrix of 16 bits with `rows` rows goes to shared memory."""
-    return gl.BlockedLayout([rows // 4, 1], [1, 32], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -153,7 +145,7 @@ def linear_kernel(
     ROW: gl.constexpr = gl.SliceLayout(0, ST)
     Q: gl.constexpr = query_layout(R, 16)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    B: gl.constexpr = _flat(64)
+    B: gl.constexpr = query_layout(64, 16)
 
     share = gl.cdiv(total, gl.num_programs(0))
     tile = gl.program_id(0) * share
