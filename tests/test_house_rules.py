@@ -17,7 +17,7 @@ FLOORS = [
     {"artefact", "checks", "fingerprint", "grammar", "rope"},
     {"environment", "codecs", "scorers"},
     {"allocators", "recipe", "kernels", "profile"},
-    {"presets", "cache", "calibrate"},
+    {"presets", "cache", "calibrate", "attention"},
     {"hf"},
     {"lab"},
     {"eval", "bench"},

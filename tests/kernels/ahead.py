@@ -28,6 +28,7 @@ from kvstack.kernels import (
     hopper,
     linear,
     linear_hopper,
+    lowrank,
     merge,
     move,
     plain,
@@ -220,6 +221,24 @@ def step_kernel(k: int, v: int, head_dim: int, precision: str = "tf32x3", **more
     )  # fmt: skip
 
 
+def lowrank_kernel(rank: int, tile: lowrank.Tile, exact: bool) -> Kernel:
+    """`lowrank.lowrank_kernel` for 32 heads of 128, as `lowrank.attend` launches it."""
+    group, columns, padded, places = lowrank.shape(32, 128, rank, tile)
+    registers = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return Kernel(
+        lowrank.lowrank_kernel,
+        {
+            **dict.fromkeys(("q", "residual", "keys", "values"), "*bf16"), **dict.fromkeys(("offsets", "lengths"), "*i32"),
+            **dict.fromkeys(("cos", "sin", "out", "lse2"), "*fp32"),
+        },
+        dict(
+            M=lowrank.ROWS, D=128, R=rank, G=group, W=128 + 32 * rank, COLUMNS=columns, PADDED=padded, P=places, TOKENS=tile.tokens,
+            EXACT=exact, STAGES=tile.stages,
+        ),
+        {"scale": "fp32"}, ("keys_b", "values_b", "heads"), {"num_warps": tile.warps, **registers}, one("sm_90"), loop=True,
+    )  # fmt: skip
+
+
 def merge_kernel(block: int, num_warps: int, **more: Any) -> Kernel:
     """`merge._merge` of all that can be merged."""
     floats = ("body_ptr", "body_lse_ptr", "signs_ptr", "centre_ptr", "exact_ptr", "exact_lse_ptr")
@@ -347,6 +366,10 @@ KERNELS = {
     "linear on Hopper, 3 bits of 128, 16 query heads": linear_hopper_kernel(3, 128, True, 16),
     "linear on Hopper, 8 bits of 64": linear_hopper_kernel(8, 64, True),
     "linear on Hopper, 16 bits of 128": linear_hopper_kernel(16, 128, False),
+    **{f"low rank of 60, {name}": lowrank_kernel(60, tile, False) for name, tile in lowrank.NOPE.items()},
+    **{f"low rank of 60, exact, {name}": lowrank_kernel(60, tile, True) for name, tile in lowrank.EXACT.items()},
+    "low rank of 56": lowrank_kernel(56, lowrank.BEST["nope"], False),
+    "low rank of 64": lowrank_kernel(64, lowrank.BEST["nope"], False),
     "top, 4 query heads": top_kernel(4, *top.SHORT),
     "top, 16 query heads": top_kernel(16, *top.SHORT, targets=one("sm_90")),
     "top, long rows of scores": top_kernel(1, *top.LONG, standardise=False, ordered=True, targets=NVIDIA),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvstack.bench import encode, own, prefill, trial
+from kvstack.bench import encode, lowrank, own, prefill, trial
 from kvstack.bench.problem import Problem
 from kvstack.errors import KVStackError
 from kvstack.kernels.compact import compact
@@ -87,6 +87,9 @@ def main(part: str = "0/1") -> None:
         todo += [(f"encode {c.bits}", partial(trial.check, c, p, device)) for c in encode.contenders("4, 3, 2, 8, 4+search", 128)]
     for d, bits in ((128, (2, 3, 4, 8, 16)), (64, (4,)), (256, (4,))):
         todo += [(f"evict {b} of {d}", partial(evict, b, d, device)) for b in bits]
+    for p in (replace(STEP, heads=8, kv_heads=8), replace(STEP, heads=6, kv_heads=6, head_dim=64)):
+        few = (replace(c, lengths=LENGTHS) for c in lowrank.contenders(ranks=(60,)))
+        todo += [(f"low rank {c.bits} of {p.head_dim}", partial(trial.check, c, p, device)) for c in few]
     wrong = []
     for what, check in todo[first::step]:
         try:

@@ -33,6 +33,8 @@ COMMANDS = {
 LAB_COMMANDS = {
     "train": ("kvstack.cli.lab:train", "Train a reference model from scratch."),
     "eval": ("kvstack.cli.lab:evaluate", "Judge a model on the synthetic tasks."),
+    "corpus": ("kvstack.cli.pretrain:corpus", "Tokenise this machine's Python sources for pretraining."),
+    "pretrain": ("kvstack.cli.pretrain:pretraining", "Pretrain a decoder whose attention you choose."),
 }
 BENCH_COMMANDS = {
     "decode": ("kvstack.cli.bench:decode", "Time attention of a decode step, ours and other libraries'."),

@@ -24,6 +24,7 @@ from kvstack.calibrate import add_forecast, calibrate
 from kvstack.errors import BadInputError
 from kvstack.lab.calibration import LENGTH, calibration_batches
 from kvstack.lab.data import Mixture, Stream
+from kvstack.lab.optim import MUON, optimizers, schedule
 from kvstack.lab.tasks import TASKS
 from kvstack.lab.text import digest, training_text, tuning_text
 from kvstack.lab.tokenizer import BOS, EOS, PAD, VOCABULARY, Words, load_tokenizer, train_tokenizer
@@ -81,16 +82,6 @@ def small() -> TrainConfig:
     )  # fmt: skip
 
 
-def _optimizers(model: Qwen3ForCausalLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    fused = next(model.parameters()).is_cuda
-    return [
-        torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused),
-    ]
-
-
 def weighted_loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean of the cross-entropy, and the share of answer tokens that are right. hidden: [N, width]."""
     logits = F.linear(hidden, head).float()
@@ -135,8 +126,7 @@ def train_model(
         state = {k: v for k, v in json.loads((resume / "training.json").read_text()).items() if k in state}
     model = model.to(device).train()
     first = state["steps"]
-    optimizers = _optimizers(model, cfg)
-    rates = [cfg.muon_lr, cfg.adam_lr]
+    opts = optimizers(model, MUON, cfg.muon_lr, cfg.adam_lr)
     loss_fn = weighted_loss
     if cfg.compile:
         # One layer at a time: every layer shares the same compiled code, and each length costs one compilation.
@@ -152,9 +142,7 @@ def train_model(
             if now >= limit:
                 break
             stream.length.value = next(n for end, n in cfg.lengths if now / limit <= end)
-            for opt, rate in zip(optimizers, rates, strict=True):
-                for group in opt.param_groups:
-                    group["lr"] = rate * learning_rate(now / limit, state["steps"] - first, cfg)
+            schedule(opts, learning_rate(now / limit, state["steps"] - first, cfg))
             x = torch.from_numpy(tokens.astype(np.int64)).to(device, non_blocking=True)
             w = torch.from_numpy(weights).to(device, non_blocking=True)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -162,7 +150,7 @@ def train_model(
                 loss, answers = loss_fn(hidden.flatten(0, 1), model.lm_head.weight, x[:, 1:].flatten(), w[:, 1:].flatten().float())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for opt in optimizers:
+            for opt in opts:
                 opt.step()
                 opt.zero_grad(set_to_none=True)
             state["steps"] += 1

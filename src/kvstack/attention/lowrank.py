@@ -1,0 +1,145 @@
+"""LRKV (O'Neill et al., arXiv:2601.11471): one shared head of keys and values, and a low-rank residual per head.
+
+    K_h = X (W_s + U_h B_h^T)        V_h likewise        W_s [d, D]   U_h [d, r]   B_h [D, r]
+
+Cached per token: one record of keys and one of values, `[B, 1, N, D + H r]`: the shared part, then the residual latents `X U_h` of all
+heads. Rank 0 is MQA; rank D spans MHA (as a control: "factorised MHA"). How position enters the residual:
+
+    exact   logits  Rot q . Rot (k_s + B_h r_h)       the shared part is cached after RoPE, latents before it; keys are rebuilt on reading
+    nope    logits  Rot q . Rot k_s  +  q . B_h r_h   the residual has no position; reading is MQA over records, `[Rot q | B_h^T q]`
+
+The paper's third way, turning the latents themselves, is no function of relative position and is not here (a test shows it).
+
+Long chunks without a past, training first, make K_h and V_h by one product with `[I; blockdiag(B)]`; anything else reads latents.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
+
+from kvstack.attention import absorbed
+from kvstack.attention.config import DecoderConfig
+from kvstack.errors import UnsupportedModelError
+
+
+class LowRankAttention(nn.Module):
+    """See the module. Parameters: q_proj, o_proj; k_shared, v_shared `[D, d]`; k_down, v_down `[H r, d]`; k_up, v_up `[H D, r]`."""
+
+    num_key_value_groups = 1
+    is_causal = True
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        d, self.heads, self.head_dim, self.rank = config.hidden_size, config.num_attention_heads, config.head_dim, config.rank
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
+        self.k_shared, self.v_shared = (nn.Linear(d, self.head_dim, bias=False) for _ in range(2))
+        self.k_down, self.v_down = (nn.Linear(d, self.heads * self.rank, bias=False) for _ in range(2))
+        # Linear maps as far as initialisation and optimisers go: the heads' B_h, one under the other.
+        self.k_up, self.v_up = (nn.Linear(self.rank, self.heads * self.head_dim, bias=False) for _ in range(2))
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def init_weights(self) -> None:
+        """`|U_h B_h^T|` about a tenth of `|W_s|`, and latents as large as their input (the paper's initialisation)."""
+        for up in (self.k_up, self.v_up):
+            if self.rank:
+                nn.init.normal_(up.weight, std=0.1 / math.sqrt(self.rank))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of `hidden_states [B, T, d]`; see transformers' LlamaAttention."""
+        b, t, _ = hidden_states.shape
+        query = self.q_proj(hidden_states).view(b, t, self.heads, self.head_dim).transpose(1, 2)
+        weights = self.k_shared.weight, self.k_down.weight, self.v_shared.weight, self.v_down.weight
+        width = self.head_dim + self.heads * self.rank
+        key, value = F.linear(hidden_states, torch.cat(weights)).split(width, -1)  # records [B, T, W], before RoPE
+        turned, shared = apply_rotary_pos_emb(query, key[:, None, :, : self.head_dim], *position_embeddings)
+        if past_key_values is not None:
+            record = torch.cat((shared[:, 0], key[..., self.head_dim :]), -1)[:, None]
+            keys, values = past_key_values.update(record, value[:, None], self.layer_idx)
+            if not isinstance(keys, Tensor):
+                return self._stored(query, turned, keys, values, attention_mask, **kwargs), None
+            if keys.shape[2] > t:
+                return self._read(query, turned, keys[:, 0], values[:, 0], attention_mask, position_ids), None
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if self.config.variant == "exact":
+            k, v = (self._expanded(x, up) for x, up in ((key, self.k_up), (value, self.v_up)))
+            k, _ = apply_rotary_pos_emb(k, k[:, :0], *position_embeddings)
+            out, _ = attend(self, turned, k, v, attention_mask, scaling=self.scaling, **kwargs)
+            return self.o_proj(out.reshape(b, t, -1)), None
+        q = torch.cat((turned, self._into_latents(query)), -1)
+        k = torch.cat((shared.expand(-1, self.heads, -1, -1), self._residual(key)), -1)
+        v = torch.cat((value[:, None, :, : self.head_dim].expand(-1, self.heads, -1, -1), self._residual(value)), -1)
+        out, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        return self._out(out[..., : self.head_dim], out[..., self.head_dim :]), None
+
+    def _heads(self, up: nn.Linear) -> Tensor:
+        return up.weight.view(self.heads, self.head_dim, self.rank)
+
+    def _expanded(self, record: Tensor, up: nn.Linear) -> Tensor:
+        """Keys or values `[B, H, T, D]` of records `[B, T, W]`: one product with `[I; blockdiag(B)]`, as wide as MHA's projection."""
+        eye = torch.eye(self.heads, dtype=up.weight.dtype, device=up.weight.device)
+        residual = (self._heads(up)[:, :, None] * eye[:, None, :, None]).reshape(self.heads * self.head_dim, -1)
+        shared = torch.eye(self.head_dim, dtype=up.weight.dtype, device=up.weight.device).repeat(self.heads, 1)
+        x = F.linear(record, torch.cat((shared, residual), 1))
+        return x.view(*record.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+
+    def _residual(self, record: Tensor) -> Tensor:
+        """Latents `[B, H, T, r]` of records `[B, T, W]`."""
+        return record[..., self.head_dim :].unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
+
+    def _into_latents(self, query: Tensor) -> Tensor:
+        """`B_h^T q`, `[B, H, T, r]`."""
+        return torch.einsum("bhtd,hdr->bhtr", query, self._heads(self.k_up))
+
+    def _out(self, shared: Tensor, residual: Tensor) -> Tensor:
+        """The layer's output of mean shared values `[B, T, H, D]` and mean latents `[B, T, H, r]`."""
+        out = shared + torch.einsum("bthr,hdr->bthd", residual, self._heads(self.v_up))
+        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+
+    def _read(
+        self, query: Tensor, turned: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """The layer's output over cached records `[B, N, W]`, of which the last T are the queries' own."""
+        d, n = self.head_dim, keys.shape[1]
+        logits = turned @ keys[:, None, :, :d].transpose(-1, -2)
+        latents = self._residual(keys)
+        if self.config.variant == "nope":
+            logits = logits + self._into_latents(query) @ latents.transpose(-1, -2)
+        else:
+            # Slots are consecutive positions, padding aside, which nobody sees; so the newest position tells the others.
+            newest = position_ids[:, -1:] if position_ids is not None else keys.new_full((1, 1), n - 1, dtype=torch.long)
+            cos, sin = self.rotary(keys, newest - n + 1 + torch.arange(n, device=keys.device))
+            logits = logits + absorbed.residual_logits(turned, latents.transpose(1, 2), self._heads(self.k_up), cos, sin)
+        weights = absorbed.softmax(logits.float() * self.scaling, mask).to(values.dtype)
+        shared, residual = weights @ values[:, None, :, :d], weights @ self._residual(values)
+        return self._out(shared.transpose(1, 2), residual.transpose(1, 2))
+
+    def _stored(self, query: Tensor, turned: Tensor, keys: Any, values: Any, mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """The layer's output by a cache that attends itself (kvstack's): MQA over records, each head with zeros for the others' latents."""
+        if self.config.variant == "exact":
+            raise UnsupportedModelError(
+                "A compressed cache cannot rebuild keys of LRKV `exact` from its codes yet. Use the `nope` variant, or transformers' cache."
+            )
+        eye = torch.eye(self.heads, dtype=query.dtype, device=query.device)
+        placed = (self._into_latents(query)[:, :, :, None] * eye[None, :, None, :, None]).flatten(3)  # [B, H, T, H r]
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, _ = attend(self, torch.cat((turned, placed), -1), keys, values, mask, scaling=self.scaling, **kwargs)
+        own = torch.arange(self.heads, device=out.device)
+        residual = out[..., self.head_dim :].unflatten(-1, (self.heads, self.rank))[:, :, own, own]
+        return self._out(out[..., : self.head_dim], residual)
