@@ -36,10 +36,19 @@ OPTIONS = {
         "model", "out", "data", "tokens", "length", "covariance", "forecast", "tasks", "task_options", "samples", "upstream",
         "from_upstream",
     ],
+    "convert": [
+        "model", "rank", "corpus_file", "out", "to", "tokens", "compare", "distil_tokens", "distil_batch", "lr", "json_out",
+    ],
     "inspect": ["profile", "plot", "layer", "as_json"],
     "qjl": ["model", "length", "text_sequences", "task_samples", "seeds", "out", "no_model", "as_json"],
     "doctor": ["as_json"],
-    "train": ["out", "small_model", "minutes", "seed", "muon_lr", "adam_lr", "resume"],
+    "corpus": ["out", "max_bytes"],
+    "pretrain": [
+        "out", "attention", "corpus_file", "tokens", "batch", "optimizer", "matrix_lr", "other_lr", "seed", "data_seed", "parallel",
+        "checkpointing", "resume", "stop", "small_run",
+    ],
+    "architectures": ["runs", "json_out", "plot"],
+    "train": ["out", "small_model", "attention", "minutes", "seed", "muon_lr", "adam_lr", "resume"],
     "eval": ["model", "lengths", "samples", "text_sequences", "json_out", "card"],
 }  # fmt: skip
 SELECTION = ["budget", "interval", "heads", "prompt"]

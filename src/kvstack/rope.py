@@ -73,7 +73,9 @@ def rope_of(model: Any) -> Rope:
     in another way than this module says.
     """
     config = model.config.get_text_config(decoder=True)
-    kind, head_dim = config.model_type, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    stated = getattr(config, "record_dim", None) or getattr(config, "head_dim", None)
+    head_dim = stated or config.hidden_size // config.num_attention_heads
+    kind = config.model_type
     names = [(m, p) for m in model.modules() for p in HELD if hasattr(m, f"{p}inv_freq") and hasattr(m, f"{p}attention_scaling")]
     held = [(getattr(m, f"{p}inv_freq"), float(getattr(m, f"{p}attention_scaling"))) for m, p in names]
     if not held:

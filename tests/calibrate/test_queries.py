@@ -71,7 +71,16 @@ def test_padding_on_either_side_changes_nothing(side: str, attention: str) -> No
         torch.testing.assert_close(found, apart.tensors()[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("llama4-chunked", "mistral-sliding", "phimoe-sliding")])
+UNSERVED = ("llama4-chunked", "mistral-sliding", "phimoe-sliding", "mla", "lrkv-exact")
+
+
+@pytest.mark.parametrize("family", ["mla", "lrkv-exact"])
+def test_attention_that_stores_no_keys_is_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="Use"):
+        calibrate(make(family), [tokens(2, 20)])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in UNSERVED])
 def test_full_layers_of_every_family(family: str) -> None:
     model = make(family)
     before = model.config._attn_implementation

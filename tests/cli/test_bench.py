@@ -17,6 +17,7 @@ OPTIONS = {
     "decode": ["shape", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "plot", "quick"],
     "prefill": ["chunk", "past", "heads", "kv_heads", "head_dim", "bits", "names", "json_out", "quick"],
     "encode": ["shape", "kv_heads", "head_dim", "bits", "json_out", "quick"],
+    "lowrank": ["batch", "tokens", "heads", "head_dim", "ranks", "variants", "json_out"],
     "error": ["tokens", "head_dim", "bits", "json_out"],
     "long": ["shape", "recipe", "generated", "points", "batch", "every_step", "json_out"],
     "generate": ["shape", "recipe", "context", "batch", "steps", "json_out"],
@@ -108,6 +109,13 @@ def test_help_of_kernels_says_what_is_checked(name: str) -> None:
         (["encode", "--head-dim", "80"], "head sizes of 64, 128 and 256"),
         (["encode", "--bits", ""], "nothing to measure"),
         (["encode", "--json", "/dev/null/x.json"], "Give another place"),
+        (["lowrank", "--batch", "0"], "Invalid value for '--batch'"),
+        (["lowrank", "--head-dim", "80"], "no low-rank kernel for heads of 80. Give a size of 64, 128 or 256"),
+        (["lowrank", "--variants", "nope, rope"], "no variant 'rope'. Give some of nope, exact"),
+        (["lowrank", "--ranks", "60, x"], "'x' is no rank"),
+        (["lowrank", "--ranks", "129"], "'129' is no rank. Give numbers from 1 to the size of a head, 128"),
+        (["lowrank", "--ranks", ""], "nothing to measure"),
+        (["lowrank", "--json", "/dev/null/x.json"], "Give another place"),
         (["error", "--tokens", "0"], "Invalid value for '--tokens'"),
         (["error", "--bits", "9"], "no page format for 9-bit keys"),
         (["error", "--json", "/dev/null/x.json"], "Give another place"),
@@ -117,11 +125,33 @@ def test_bad_options_of_kernels(args: list[str], message: str) -> None:
     assert message in " ".join(invoke(*args, code=2).stderr.split())
 
 
+def test_lowrank_help_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = invoke("lowrank", "--help").output
+    options = ("--batch", "--tokens", "--heads", "--head-dim", "--ranks", "--variants", "--json")
+    assert all(word in text for word in (*options, "is first checked", "Times are medians", "56, 60, 64", "kvstack bench lowrank"))
+    what = {"B": 2, "N": 4096, "H": 32, "D": 128, "error": 1e-4, "detail": "made up"}
+    ours = {
+        "kernel": "kvstack",
+        "variant": "nope",
+        "rank": 60,
+        "bytes": 10**9,
+        "us": 250.0,
+        "tb_per_s": 4.0,
+        "speedup_over_best_mha": 2.0,
+    }
+    mha = ours | {"kernel": "SDPA", "variant": "mha", "rank": None, "us": 500.0, "speedup_over_best_mha": 1.0}
+    none = dict.fromkeys(ours) | {"kernel": "FA", "variant": "mha", "reason": "it is not installed"}
+    bench.show_lowrank([what | row for row in (none, mha, ours)], "a title", tmp_path / "r.json")
+    out = capsys.readouterr().out
+    assert "a title, 2 x 4,096 tokens, 32 heads of 128" in out and "FA (mha) did not run: it is not installed" in out
+    assert out.index("250.0") < out.index("500.0") and "2.00" in out and (tmp_path / "r.json").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here there is one")
-@pytest.mark.parametrize("name", ["prefill", "encode"])
-def test_kernels_without_a_gpu(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("args", [["prefill", "--quick"], ["encode", "--quick"], ["lowrank"]])
+def test_kernels_without_a_gpu(args: list[str], tmp_path: Path) -> None:
     path = tmp_path / "new" / "r.json"
-    result = invoke(name, "--quick", "--json", str(path), code=2)
+    result = invoke(*args, "--json", str(path), code=2)
     assert "no CUDA GPU" in result.stderr and "kvstack doctor" in result.stderr and not path.exists()
 
 

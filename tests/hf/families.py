@@ -27,6 +27,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kvstack.attention import DecoderConfig, DecoderForCausalLM
+
 VOCABULARY = 64
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -34,6 +36,16 @@ SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 GQA = {"head_dim": 64}
+
+
+def decoder(**attention: Any) -> DecoderForCausalLM:
+    """Our own decoder; its head starts at zero, and residuals of LRKV small, so both are drawn again."""
+    model = DecoderForCausalLM(DecoderConfig(**SIZES, head_dim=16, **attention))
+    for name, p in model.named_parameters():
+        if name == "lm_head.weight" or "_up." in name:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    return model
+
 
 FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **GQA)),
@@ -60,6 +72,9 @@ FAMILIES: dict[str, Any] = {
     ),
     "phimoe-sliding": lambda: PhimoeForCausalLM(PhimoeConfig(**SIZES, sliding_window=8, num_local_experts=2)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
+    "mla": lambda: decoder(attention="mla", latent_dim=32, rope_dim=16),
+    "lrkv-exact": lambda: decoder(attention="lrkv", rank=12, variant="exact"),
+    "lrkv-nope": lambda: decoder(attention="lrkv", rank=12, variant="nope"),
 }
 
 

@@ -28,7 +28,7 @@ from kvstack.kernels import (
     hopper,
     linear,
     linear_hopper,
-    lowrank,
+    lowrank_hopper,
     merge,
     move,
     plain,
@@ -221,21 +221,20 @@ def step_kernel(k: int, v: int, head_dim: int, precision: str = "tf32x3", **more
     )  # fmt: skip
 
 
-def lowrank_kernel(rank: int, tile: lowrank.Tile, exact: bool) -> Kernel:
-    """`lowrank.lowrank_kernel` for 32 heads of 128, as `lowrank.attend` launches it."""
-    group, columns, padded, places = lowrank.shape(32, 128, rank, tile)
-    registers = {} if tile.registers is None else {"maxnreg": tile.registers}
+def lowrank_kernel(rank: int, tile: lowrank_hopper.Tile, exact: bool, head_dim: int = 128) -> Kernel:
+    """`lowrank_hopper.lowrank_kernel` for 32 heads, as `lowrank_hopper.attend` launches it."""
+    group, columns, padded, places = lowrank_hopper.shape(32, head_dim, rank, tile)
     return Kernel(
-        lowrank.lowrank_kernel,
+        lowrank_hopper.lowrank_kernel,
         {
             **dict.fromkeys(("q", "residual", "keys", "values"), "*bf16"), **dict.fromkeys(("offsets", "lengths"), "*i32"),
-            **dict.fromkeys(("cos", "sin", "out", "lse2"), "*fp32"),
+            **dict.fromkeys(("cos", "sin"), "*fp16" if exact else "*fp32"), **dict.fromkeys(("out", "lse2"), "*fp32"),
         },
         dict(
-            M=lowrank.ROWS, D=128, R=rank, G=group, W=128 + 32 * rank, COLUMNS=columns, PADDED=padded, P=places, TOKENS=tile.tokens,
-            EXACT=exact, STAGES=tile.stages,
+            M=lowrank_hopper.ROWS, D=head_dim, R=rank, G=group, W=head_dim + 32 * rank, COLUMNS=columns, PADDED=padded, P=places,
+            TOKENS=tile.tokens, EXACT=exact, STAGES=tile.stages,
         ),
-        {"scale": "fp32"}, ("keys_b", "values_b", "heads"), {"num_warps": tile.warps, **registers}, one("sm_90"), loop=True,
+        {"scale": "fp32"}, ("keys_b", "values_b", "heads"), {"num_warps": tile.warps}, one("sm_90"), loop=True,
     )  # fmt: skip
 
 
@@ -366,10 +365,9 @@ KERNELS = {
     "linear on Hopper, 3 bits of 128, 16 query heads": linear_hopper_kernel(3, 128, True, 16),
     "linear on Hopper, 8 bits of 64": linear_hopper_kernel(8, 64, True),
     "linear on Hopper, 16 bits of 128": linear_hopper_kernel(16, 128, False),
-    **{f"low rank of 60, {name}": lowrank_kernel(60, tile, False) for name, tile in lowrank.NOPE.items()},
-    **{f"low rank of 60, exact, {name}": lowrank_kernel(60, tile, True) for name, tile in lowrank.EXACT.items()},
-    "low rank of 56": lowrank_kernel(56, lowrank.BEST["nope"], False),
-    "low rank of 64": lowrank_kernel(64, lowrank.BEST["nope"], False),
+    **{f"low rank of {rank}": lowrank_kernel(rank, lowrank_hopper.NOPE, False) for rank in (56, 60, 64)},
+    **{f"low rank of 60, exact, {name}": lowrank_kernel(60, tile, True) for name, tile in lowrank_hopper.CANDIDATES.items()},
+    "low rank of 64, exact, heads of 256": lowrank_kernel(64, lowrank_hopper.EXACT, True, 256),
     "top, 4 query heads": top_kernel(4, *top.SHORT),
     "top, 16 query heads": top_kernel(16, *top.SHORT, targets=one("sm_90")),
     "top, long rows of scores": top_kernel(1, *top.LONG, standardise=False, ordered=True, targets=NVIDIA),

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
-from kvstack.errors import BadInputError
+from kvstack.attention import DecoderForCausalLM
+from kvstack.errors import BadInputError, UnsupportedModelError
 from kvstack.lab import train
+from kvstack.lab.card import write_card
 from kvstack.lab.registry import bundled_model
 from kvstack.lab.train import TrainConfig, learning_rate, small, train_model, weighted_loss, write_profile
 from kvstack.profile import Profile
@@ -132,10 +134,10 @@ def test_the_profile_of_a_lab_model_fits_it(run: Any) -> None:
 
 def test_the_bundled_model_has_the_default_size() -> None:
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(TrainConfig().model())
+        model = TrainConfig().model()
     assert model.num_parameters() == facts(bundled_model())["parameters"]
     saved = AutoModelForCausalLM.from_pretrained(bundled_model()).config.to_dict()
-    ours = TrainConfig().model().to_dict()
+    ours = model.config.to_dict()
     for key in ("head_dim", "num_key_value_heads", "rope_parameters", "max_position_embeddings", "tie_word_embeddings", "vocab_size"):
         assert saved[key] == ours[key]
 
@@ -168,3 +170,20 @@ def test_weighted_loss_is_a_weighted_mean() -> None:
     assert loss.item() == pytest.approx(((nats * weights).sum() / 3.51).item(), rel=1e-5)
     assert right.item() == pytest.approx(2 / 3), "of the answers only, whose weight is 1"
     assert weighted_loss(hidden, head, targets, weights * 0.5)[1].item() == 0.0, "no answers, no NaN"
+
+
+@pytest.mark.parametrize("variant", ["nope", "exact"])
+def test_our_own_decoder(variant: str, tmp_path: Path) -> None:
+    attention = {"attention": "lrkv", "rank": 8, "variant": variant}
+    model = train_model(replace(CONFIG, attention=attention, heads=4, head_dim=32, minutes=0.2), tmp_path / "model")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert type(saved) is type(model) is DecoderForCausalLM and saved.config.rank == 8
+    assert saved.lm_head.weight is saved.model.embed_tokens.weight and saved.lm_head.weight.any()
+    write_card(tmp_path / "model")
+    assert f"`lrkv(rank=8, variant={variant})`" in (tmp_path / "model" / "README.md").read_text("utf-8")
+    if variant == "exact":
+        with pytest.raises(UnsupportedModelError, match="nope"):
+            write_profile(tmp_path / "model")
+    else:
+        write_profile(tmp_path / "model")
+        assert Profile.load(tmp_path / "model" / "profile.safetensors").query_norm.shape == (2, 4, 32)

@@ -65,13 +65,18 @@ class DecoderConfig(LlamaConfig):  # type: ignore[misc]
             raise BadInputError("csa needs entries, index_heads and index_dim. Give at least 1 of each.")
 
     @property
+    def record_dim(self) -> int:
+        """Size of what is cached as the key of one head: of LRKV a record, else a head."""
+        return int(self.head_dim + (self.num_attention_heads * self.rank if self.attention == "lrkv" else 0))
+
+    @property
     def cache_numbers(self) -> float:
         """Numbers that a token adds to the cache of one layer. CSA and HCA: in the limit of long contexts."""
-        h, d = self.num_attention_heads, self.head_dim
+        d = self.head_dim
         if self.attention == "lrkv":
-            return 2 * (d + h * self.rank)
+            return float(2 * self.record_dim)
         if self.attention == "mla":
-            return self.latent_dim + self.rope_dim
+            return float(self.latent_dim + self.rope_dim)
         if self.attention in ("csa", "hca"):
-            return (d + (self.index_dim if self.entries else 0)) / self.pool
-        return 2 * self.num_key_value_heads * d
+            return float(d + (self.index_dim if self.entries else 0)) / self.pool
+        return float(2 * self.num_key_value_heads * d)

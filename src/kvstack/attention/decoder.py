@@ -10,7 +10,7 @@ at zero.
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
@@ -18,9 +18,12 @@ from kvstack.attention.config import DecoderConfig
 from kvstack.attention.grouped import GroupedAttention
 from kvstack.attention.lowrank import LowRankAttention
 from kvstack.attention.mla import LatentAttention
+from kvstack.attention.pooled import PooledAttention
+from kvstack.attention.pooled_cache import PooledCache
 
 ATTENTION: dict[str, type[nn.Module]] = {
     "mha": GroupedAttention, "gqa": GroupedAttention, "mqa": GroupedAttention, "mla": LatentAttention, "lrkv": LowRankAttention,
+    "csa": PooledAttention, "hca": PooledAttention,
 }  # fmt: skip
 
 
@@ -30,6 +33,9 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.self_attn = ATTENTION[config.attention](config, layer_idx)
+        outputs: list[Any] = [self.self_attn.o_proj, self.mlp.down_proj]
+        for out in outputs:
+            out.init_std = 1 / math.sqrt(2 * config.num_hidden_layers * out.in_features)
 
 
 class _Pretrained(LlamaPreTrainedModel):  # type: ignore[misc]
@@ -38,20 +44,13 @@ class _Pretrained(LlamaPreTrainedModel):  # type: ignore[misc]
     _can_record_outputs: dict[str, Any] = {"hidden_states": DecoderLayer}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        """See the module. transformers calls it for every module, inner ones first."""
+        """See the module. transformers initialises a parameter once, so a Linear that is special says so: `init_std`."""
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(max(1, module.in_features)))
+            nn.init.normal_(module.weight, std=getattr(module, "init_std", 1 / math.sqrt(max(1, module.in_features))))
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, DecoderLayer):
-            for out in (module.self_attn.o_proj, module.mlp.down_proj):
-                nn.init.normal_(out.weight, std=1 / math.sqrt(2 * self.config.num_hidden_layers * out.in_features))
-        elif isinstance(module, LowRankAttention):
-            module.init_weights()
         else:
             super()._init_weights(module)
-        if isinstance(module, DecoderForCausalLM):
-            nn.init.zeros_(module.lm_head.weight)
 
 
 class DecoderModel(_Pretrained, LlamaModel):  # type: ignore[misc]
@@ -62,6 +61,15 @@ class DecoderModel(_Pretrained, LlamaModel):  # type: ignore[misc]
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
 
+    def forward(
+        self, input_ids: Tensor | None = None, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """See transformers; attention that pools tokens has a cache of its own."""
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if self.config.pool and wanted and past_key_values is None:
+            past_key_values = PooledCache(self.config)
+        return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
 
 class DecoderForCausalLM(_Pretrained, LlamaForCausalLM):  # type: ignore[misc]
     """The decoder with its head."""
@@ -69,7 +77,14 @@ class DecoderForCausalLM(_Pretrained, LlamaForCausalLM):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.model = DecoderModel(config)
+        # A new one, because Llama's is initialised already.
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.init_std = 0.0  # type: ignore[assignment]
         self.post_init()
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether `generate` shall make a DynamicCache."""
+        return not self.config.pool
 
 
 AutoConfig.register("kvstack", DecoderConfig)

@@ -5,7 +5,7 @@
 Cached per token: one record of keys and one of values, `[B, 1, N, D + H r]`: the shared part, then the residual latents `X U_h` of all
 heads. Rank 0 is MQA; rank D spans MHA (as a control: "factorised MHA"). How position enters the residual:
 
-    exact   logits  Rot q . Rot (k_s + B_h r_h)       the shared part is cached after RoPE, latents before it; keys are rebuilt on reading
+    exact   logits  Rot q . Rot (k_s + B_h r_h)       the shared part is cached after RoPE, latents before; keys are rebuilt to be read
     nope    logits  Rot q . Rot k_s  +  q . B_h r_h   the residual has no position; reading is MQA over records, `[Rot q | B_h^T q]`
 
 The paper's third way, turning the latents themselves, is no function of relative position and is not here (a test shows it).
@@ -26,6 +26,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from kvstack.attention import absorbed
 from kvstack.attention.config import DecoderConfig
 from kvstack.errors import UnsupportedModelError
+from kvstack.kernels.lowrank import lowrank_decode
+from kvstack.kernels.lowrank_reference import Rebuild
+from kvstack.kernels.reference import Places
 
 
 class LowRankAttention(nn.Module):
@@ -45,13 +48,10 @@ class LowRankAttention(nn.Module):
         self.k_down, self.v_down = (nn.Linear(d, self.heads * self.rank, bias=False) for _ in range(2))
         # Linear maps as far as initialisation and optimisers go: the heads' B_h, one under the other.
         self.k_up, self.v_up = (nn.Linear(self.rank, self.heads * self.head_dim, bias=False) for _ in range(2))
-        self.rotary = LlamaRotaryEmbedding(config)
-
-    def init_weights(self) -> None:
-        """`|U_h B_h^T|` about a tenth of `|W_s|`, and latents as large as their input (the paper's initialisation)."""
         for up in (self.k_up, self.v_up):
-            if self.rank:
-                nn.init.normal_(up.weight, std=0.1 / math.sqrt(self.rank))
+            # `|U_h B_h^T|` a tenth of `|W_s|`, and latents as large as their input (the paper's section 3.4).
+            up.init_std = 0.1 / math.sqrt(max(1, self.rank))  # type: ignore[assignment]
+        self.rotary = LlamaRotaryEmbedding(config)
 
     def forward(
         self,
@@ -59,7 +59,6 @@ class LowRankAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention of `hidden_states [B, T, d]`; see transformers' LlamaAttention."""
@@ -75,7 +74,7 @@ class LowRankAttention(nn.Module):
             if not isinstance(keys, Tensor):
                 return self._stored(query, turned, keys, values, attention_mask, **kwargs), None
             if keys.shape[2] > t:
-                return self._read(query, turned, keys[:, 0], values[:, 0], attention_mask, position_ids), None
+                return self._read(query, turned, keys, values, attention_mask), None
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if self.config.variant == "exact":
             k, v = (self._expanded(x, up) for x, up in ((key, self.k_up), (value, self.v_up)))
@@ -85,8 +84,9 @@ class LowRankAttention(nn.Module):
         q = torch.cat((turned, self._into_latents(query)), -1)
         k = torch.cat((shared.expand(-1, self.heads, -1, -1), self._residual(key)), -1)
         v = torch.cat((value[:, None, :, : self.head_dim].expand(-1, self.heads, -1, -1), self._residual(value)), -1)
+        q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))  # fast attention wants multiples of eight
         out, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
-        return self._out(out[..., : self.head_dim], out[..., self.head_dim :]), None
+        return self._out(*out.split((self.head_dim, self.rank, out.shape[-1] - self.head_dim - self.rank), -1)[:2]), None
 
     def _heads(self, up: nn.Linear) -> Tensor:
         return up.weight.view(self.heads, self.head_dim, self.rank)
@@ -97,11 +97,11 @@ class LowRankAttention(nn.Module):
         residual = (self._heads(up)[:, :, None] * eye[:, None, :, None]).reshape(self.heads * self.head_dim, -1)
         shared = torch.eye(self.head_dim, dtype=up.weight.dtype, device=up.weight.device).repeat(self.heads, 1)
         x = F.linear(record, torch.cat((shared, residual), 1))
-        return x.view(*record.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+        return _heads_first(x, self.heads)
 
     def _residual(self, record: Tensor) -> Tensor:
         """Latents `[B, H, T, r]` of records `[B, T, W]`."""
-        return record[..., self.head_dim :].unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
+        return _heads_first(record[..., self.head_dim :], self.heads)
 
     def _into_latents(self, query: Tensor) -> Tensor:
         """`B_h^T q`, `[B, H, T, r]`."""
@@ -112,34 +112,69 @@ class LowRankAttention(nn.Module):
         out = shared + torch.einsum("bthr,hdr->bthd", residual, self._heads(self.v_up))
         return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
 
-    def _read(
-        self, query: Tensor, turned: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, position_ids: Tensor | None
-    ) -> Tensor:
-        """The layer's output over cached records `[B, N, W]`, of which the last T are the queries' own."""
-        d, n = self.head_dim, keys.shape[1]
-        logits = turned @ keys[:, None, :, :d].transpose(-1, -2)
-        latents = self._residual(keys)
+    def record_logits(self, q: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
+        """Logits `[B, H, T, N]` of records `key [B, 1, N, W]`, before scale; see `kernels.reference.RecordLogits`.
+
+        q: the query after RoPE, and behind it for nope its latent part, `[B, H, T, D + r]`, for exact the query before RoPE,
+        `[B, H, T, 2 D]`.
+        """
+        shared = q[..., : self.head_dim] @ key[..., : self.head_dim].transpose(-1, -2)
         if self.config.variant == "nope":
-            logits = logits + self._into_latents(query) @ latents.transpose(-1, -2)
-        else:
-            # Slots are consecutive positions, padding aside, which nobody sees; so the newest position tells the others.
-            newest = position_ids[:, -1:] if position_ids is not None else keys.new_full((1, 1), n - 1, dtype=torch.long)
-            cos, sin = self.rotary(keys, newest - n + 1 + torch.arange(n, device=keys.device))
-            logits = logits + absorbed.residual_logits(turned, latents.transpose(1, 2), self._heads(self.k_up), cos, sin)
+            return shared + q[..., self.head_dim :] @ self._residual(key[:, 0]).transpose(-1, -2)
+        at, cos_sin = self.rotary(q, places.query), self.rotary(key, places.token)
+        turned = absorbed.rotate(q[..., self.head_dim :], *(x[:, None] for x in at))
+        up = self._heads(self.k_up).to(key.dtype)
+        return shared + absorbed.residual_logits(turned, self._residual(key[:, 0]).transpose(1, 2), up, *cos_sin)
+
+    def _read(self, query: Tensor, turned: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer's output over cached records `[B, 1, N, W]`, of which the last T are the queries' own."""
+        slots = torch.arange(keys.shape[2], device=keys.device)[None]  # consecutive, padding aside, which nobody sees
+        if query.shape[2] == 1 and mask is None and self.rank:
+            lengths = torch.full((len(keys),), keys.shape[2], dtype=torch.int32, device=keys.device)
+            latent = self._rebuild(slots, lengths) if self.config.variant == "exact" else self._into_latents(query)[:, :, 0]
+            mean = lowrank_decode(turned, latent, keys[:, 0], values[:, 0], lengths, self.scaling)
+            return self._out(*(x[:, None] for x in mean))
+        q = torch.cat((turned, query if self.config.variant == "exact" else self._into_latents(query)), -1)
+        logits = self.record_logits(q, keys, values, Places(slots[:, -q.shape[2] :], slots))
         weights = absorbed.softmax(logits.float() * self.scaling, mask).to(values.dtype)
-        shared, residual = weights @ values[:, None, :, :d], weights @ self._residual(values)
+        shared, residual = weights @ values[..., : self.head_dim], weights @ self._residual(values[:, 0])
         return self._out(shared.transpose(1, 2), residual.transpose(1, 2))
 
+    def _rebuild(self, slots: Tensor, lengths: Tensor) -> Rebuild:
+        """What the kernel rebuilds keys of `slots [1, N]` with, for rows of `lengths [B]`."""
+        cos, sin = (x[0, :, : self.head_dim // 2].contiguous() for x in self.rotary(slots.float(), slots))
+        return Rebuild(self._heads(self.k_up), cos, sin, torch.zeros_like(lengths))
+
     def _stored(self, query: Tensor, turned: Tensor, keys: Any, values: Any, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """The layer's output by a cache that attends itself (kvstack's): MQA over records, each head with zeros for the others' latents."""
-        if self.config.variant == "exact":
-            raise UnsupportedModelError(
-                "A compressed cache cannot rebuild keys of LRKV `exact` from its codes yet. Use the `nope` variant, or transformers' cache."
-            )
-        eye = torch.eye(self.heads, dtype=query.dtype, device=query.device)
-        placed = (self._into_latents(query)[:, :, :, None] * eye[None, :, None, :, None]).flatten(3)  # [B, H, T, H r]
+        """The layer's output by a cache that attends itself (kvstack's).
+
+        nope is MQA over records, for every kernel and scorer: each head's query has zeros for the others' latents.
+        """
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, _ = attend(self, torch.cat((turned, placed), -1), keys, values, mask, scaling=self.scaling, **kwargs)
+        if self.config.variant == "exact":
+            q, kwargs = torch.cat((turned, query), -1), kwargs | {"record_logits": self.record_logits}
+        else:
+            q = torch.cat((turned, self._placed(self._into_latents(query))), -1)
+        out, _ = attend(self, q, keys, values, mask, scaling=self.scaling, **kwargs)
         own = torch.arange(self.heads, device=out.device)
         residual = out[..., self.head_dim :].unflatten(-1, (self.heads, self.rank))[:, :, own, own]
         return self._out(out[..., : self.head_dim], residual)
+
+    def _placed(self, latent: Tensor) -> Tensor:
+        """Latent queries `[B, H, T, r]` where a record has their head's latents, `[B, H, T, H r]`, zero elsewhere."""
+        eye = torch.eye(self.heads, dtype=latent.dtype, device=latent.device)
+        return (latent[:, :, :, None] * eye[None, :, None, :, None]).flatten(3)
+
+    def stored_form(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention of a chunk without a past was called with, `[B, H, T, D + r]` each, as `_stored` has it: queries
+        `[B, H, T, W]` and records `[B, 1, T, W]`. For calibration. Raises UnsupportedModelError for exact, which stores no keys."""
+        if self.config.variant == "exact":
+            raise UnsupportedModelError("LRKV `exact` stores no keys that a profile could speak of. Use the `nope` variant.")
+        d, end = self.head_dim, self.head_dim + self.rank
+        k, v = (torch.cat((x[:, :1, :, :d], x[..., d:end].transpose(1, 2).flatten(2)[:, None]), -1) for x in (key, value))
+        return torch.cat((query[..., :d], self._placed(query[..., d:end])), -1), k, v
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """`[B, T, H n]` as `[B, H, T, n]`."""
+    return x.view(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)

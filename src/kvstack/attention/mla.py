@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 
 from kvstack.attention import absorbed
 from kvstack.attention.config import DecoderConfig
-from kvstack.errors import UnsupportedModelError
+from kvstack.kernels.reference import Places
 
 
 class LatentAttention(nn.Module):
@@ -59,10 +59,8 @@ class LatentAttention(nn.Module):
         key = absorbed.rotate(self.k_rope(hidden_states)[:, None], cos, sin)  # [B, 1, T, rope_dim]
         if past_key_values is not None:
             keys, latents = past_key_values.update(key, latent[:, None], self.layer_idx)
-            if not isinstance(keys, Tensor):
-                raise UnsupportedModelError("A compressed cache does not attend over MLA's latents yet. Use transformers' cache.")
-            if keys.shape[2] > t:
-                return self._read(query, turned, keys, latents, attention_mask), None
+            if not isinstance(keys, Tensor) or keys.shape[2] > t:
+                return self._read(query, turned, keys, latents, attention_mask, **kwargs), None
         k, v = (up(latent).view(b, t, self.heads, self.head_dim).transpose(1, 2) for up in (self.k_up, self.v_up))
         q, k = torch.cat((query, turned), -1), torch.cat((k, key.expand(-1, self.heads, -1, -1)), -1)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -70,10 +68,24 @@ class LatentAttention(nn.Module):
         out, _ = attend(self, q, k, F.pad(v, (0, self.rope_dim)), attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(out[..., : self.head_dim].reshape(b, t, -1)), None
 
-    def _read(self, query: Tensor, turned: Tensor, keys: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """The layer's output over cached keys `[B, 1, N, rope_dim]` and latents `[B, 1, N, latent_dim]`."""
+    def record_logits(self, q: Tensor, key: Tensor, value: Tensor, places: Places | None) -> Tensor:
+        """Logits `[B, H, T, N]` of `q [B, H, T, latent_dim + rope_dim]`, before scale; see `kernels.reference.RecordLogits`."""
+        into, turned = q.split((value.shape[-1], key.shape[-1]), -1)
+        logits: Tensor = into @ value.transpose(-1, -2) + turned @ key.transpose(-1, -2)
+        return logits
+
+    def _read(self, query: Tensor, turned: Tensor, keys: Any, latents: Any, mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """The layer's output over cached keys `[B, 1, N, rope_dim]` and latents `[B, 1, N, latent_dim]`, or by
+        a cache that attends itself."""
         k_up, v_up = (up.weight.view(self.heads, self.head_dim, -1) for up in (self.k_up, self.v_up))
-        into = torch.einsum("bhtd,hdc->bhtc", query, k_up)
-        logits = into @ latents.transpose(-1, -2) + turned @ keys.transpose(-1, -2)
-        mean = absorbed.softmax(logits.float() * self.scaling, mask).to(latents.dtype) @ latents
+        q = torch.cat((torch.einsum("bhtd,hdc->bhtc", query, k_up), turned), -1)
+        if isinstance(keys, Tensor):
+            logits = self.record_logits(q, keys, latents, None)
+            mean = absorbed.softmax(logits.float() * self.scaling, mask).to(latents.dtype) @ latents
+        else:
+            attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            mean, _ = attend(self, q, keys, latents, mask, scaling=self.scaling, record_logits=self.record_logits, **kwargs)
+            mean = mean.transpose(1, 2)
         return self.o_proj(torch.einsum("bhtc,hdc->bthd", mean, v_up).flatten(2))  # type: ignore[no-any-return]

@@ -83,7 +83,7 @@ def fit_value(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int, rank: int, met
     `aligned` is block descent with an orthogonal gauge; `mean`, for comparison, takes the mean of the L_h W_V,h and a truncated SVD of
     what each head lacks. Raises BadInputError for shapes that do not fit, a rank out of range, or moments that are none.
     """
-    side = _value_side(w_v, w_o, c, head_dim)
+    side = value_side(w_v, w_o, c, head_dim)
     fit = side.fit(rank, method)
     return side.lowrank(fit), side.absorbed(fit.turn).T.contiguous()
 
@@ -94,7 +94,7 @@ def fit_key(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor, rank: int, me
     `energies [Hq, D / 2]` are E |q_j|^2 of the queries before RoPE, plane by plane. The keys are rebuilt from the latents before RoPE.
     `method` and errors as in `fit_value`, with phases for a gauge.
     """
-    side = _key_side(w_k, w_q, c, energies)
+    side = key_side(w_k, w_q, c, energies)
     fit = side.fit(rank, method)
     return side.lowrank(fit), side.absorbed(fit.turn)
 
@@ -102,26 +102,26 @@ def fit_key(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor, rank: int, me
 def pool_value(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int, kv_heads: int) -> tuple[Tensor, Tensor, float]:
     """GQA: values of `kv_heads` heads `[kv_heads D, d]`, each the mean of neighbouring heads turned to fit each other; the new `w_o`;
     the lost share. Raises BadInputError as `fit_value` does, and for a `kv_heads` that does not divide the heads."""
-    side = _value_side(w_v, w_o, c, head_dim)
+    side = value_side(w_v, w_o, c, head_dim)
     weight, turn, lost = side.pooled(kv_heads)
     return weight, side.absorbed(turn).T.contiguous(), lost
 
 
 def pool_key(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, float]:
     """GQA: keys of `kv_heads` heads, the new `w_q`, the lost share; as `pool_value`."""
-    side = _key_side(w_k, w_q, c, energies)
+    side = key_side(w_k, w_q, c, energies)
     weight, turn, lost = side.pooled(kv_heads)
     return weight, side.absorbed(turn), lost
 
 
 def lost_value(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int, rank: int) -> Lost:
     """Of values, in the metric of `fit_value`; errors as there."""
-    return _value_side(w_v, w_o, c, head_dim).lost(rank)
+    return value_side(w_v, w_o, c, head_dim).lost(rank)
 
 
 def lost_key(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor, rank: int) -> Lost:
     """Of keys, in the metric of `fit_key`; errors as there."""
-    return _key_side(w_k, w_q, c, energies).lost(rank)
+    return key_side(w_k, w_q, c, energies).lost(rank)
 
 
 def fit_mla(w_k: Tensor, w_v: Tensor, c: Tensor, width: int) -> Latent:
@@ -148,9 +148,12 @@ def fit_mla(w_k: Tensor, w_v: Tensor, c: Tensor, width: int) -> Latent:
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
-    """a: `[H, D, N]`, the M_h, with N reduced to the rank of all heads together. back: `[N, d]`, from there to weights. inverse:
-    `[H, D, D]`, L_h^-1. partner: `[H, G, D, d]`, the weights that undo the gauge. dtype: of the weights."""
+class Side:
+    """Keys or values of a layer in their metric.
+
+    a: `[H, D, N]`, the M_h, with N reduced to the rank of all heads together. back: `[N, d]`, from there to weights. inverse:
+    `[H, D, D]`, L_h^-1. partner: `[H, G, D, d]`, the weights that undo the gauge. dtype: of the weights.
+    """
 
     a: Tensor
     back: Tensor
@@ -160,12 +163,14 @@ class _Side:
     dtype: torch.dtype
 
     def fit(self, rank: int, method: Method) -> Fit:
+        """The heads `a` as a shared one and rests. Raises BadInputError for a rank out of range and an unknown method."""
         _whole("rank", rank, 0, self.a.shape[1])
         if method not in ("aligned", "mean"):
             raise BadInputError(f"There is no method {method!r}. Give aligned or mean.")
         return aligned(self.a, rank, self.gauge) if method == "aligned" else unaligned(self.a, rank)
 
     def lowrank(self, fit: Fit) -> LowRank:
+        """Weights of a fit."""
         shared, down = fit.shared @ self.back, fit.down.flatten(0, 1) @ self.back
         return LowRank(shared.to(self.dtype), down.to(self.dtype), fit.up.to(self.dtype), fit.errors[-1] / energy(self.a))
 
@@ -184,19 +189,22 @@ class _Side:
         return ((turn @ self.inverse)[:, None] @ self.partner).flatten(0, 2).to(self.dtype)
 
     def lost(self, rank: int) -> Lost:
+        """What SVDs of as many numbers lose. Raises BadInputError for a rank out of range."""
         heads, head_dim, _ = self.a.shape
         _whole("rank", rank, 0, head_dim)
         width, total = head_dim + heads * rank, energy(self.a)
         return Lost(error_per_head(self.a, width) / total, error_joint(self.a, width) / total)
 
 
-def _value_side(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int) -> _Side:
+def value_side(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int) -> Side:
+    """Values, in the metric of the layer's output; arguments and errors as `fit_value`."""
     _matrices(w_v=w_v, w_o=w_o, c=c)
     heads, partner = _heads(w_v, w_o.T, head_dim)
     return _side(heads, partner, torch.einsum("hgad,hgbd->hab", partner, partner), c, orthogonal, w_v.dtype)
 
 
-def _key_side(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor) -> _Side:
+def key_side(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor) -> Side:
+    """Keys, in the metric of the logits; arguments and errors as `fit_key`."""
     _matrices(w_k=w_k, w_q=w_q, c=c, energies=energies)
     heads, partner = _heads(w_k, w_q, 2 * energies.shape[1])
     if len(energies) != partner.shape[0] * partner.shape[1] or (energies < 0).any():
@@ -208,7 +216,7 @@ def _key_side(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor) -> _Side:
     return _side(heads, partner, torch.diag_embed(planes.repeat(1, 2)), c, phases, w_k.dtype)
 
 
-def _side(heads: Tensor, partner: Tensor, metric: Tensor, c: Tensor, gauge: Gauge, dtype: torch.dtype) -> _Side:
+def _side(heads: Tensor, partner: Tensor, metric: Tensor, c: Tensor, gauge: Gauge, dtype: torch.dtype) -> Side:
     """The M_h of `heads [H, D, d]` under L_h^2 = `metric [H, D, D]`, whose mean diagonal is made 1 so that weights keep their size."""
     root, mean = _root(c, heads.shape[-1]), metric.diagonal(dim1=1, dim2=2).mean()
     if not (mean > 0 and heads.any()):
@@ -218,7 +226,7 @@ def _side(heads: Tensor, partner: Tensor, metric: Tensor, c: Tensor, gauge: Gaug
     m = (vectors * values) @ vectors.mT @ heads @ root
     basis = torch.linalg.qr(m.flatten(0, 1).T).Q  # [d, N]: all heads read no other directions
     back = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
-    return _Side(m @ basis, back, (vectors / values) @ vectors.mT, partner, gauge, dtype)
+    return Side(m @ basis, back, (vectors / values) @ vectors.mT, partner, gauge, dtype)
 
 
 def _root(c: Tensor, size: int) -> Tensor:

@@ -35,7 +35,7 @@ from kvstack.errors import BadInputError, RecipeError, UnsupportedModelError
 from kvstack.kernels.decode import Exact as ExactTokens
 from kvstack.kernels.decode import decode
 from kvstack.kernels.past import attend_past
-from kvstack.kernels.reference import QUERIES, Partial, Shape, Side, attend, attend_first, attention_weights, merge
+from kvstack.kernels.reference import QUERIES, Partial, Places, Shape, Side, attend, attend_first, attention_weights, merge
 from kvstack.recipe import Recipe
 from kvstack.scorers.base import Scorer
 
@@ -118,6 +118,8 @@ class LayerStore:
             counts, ranks = valid.cpu().sum(1), before[:, None] + valid.cpu().cumsum(1) - 1
             k, v, new_q = (_left_aligned(x, valid) for x in (k, v, q))
         chooser = self.chooser
+        if chooser is not None and shape.logits is not None:
+            raise UnsupportedModelError("This attention rebuilds keys by their place, and evictions leave gaps. Use no selection.")
         if chooser is not None:
             _check_call(chooser, t, prefill, sink)
             chooser.check(counts, t, self.recipe.window)
@@ -156,9 +158,10 @@ class LayerStore:
         n = window[0].codes[0].shape[2]
         token, rank = seen.tokens(n)[:, None], seen.ranks[:, :, None]  # ranks of each token of `window` and of each query
         fresh = seen.valid is None and not seen.before.any()
-        if prefill == "exact" and fresh and shape.softcap is None and sink is None:
+        own = shape.logits is not None  # the kernels know keys alone
+        if prefill == "exact" and fresh and shape.softcap is None and sink is None and not own:
             return attend_first(q, *window, shape)
-        if isinstance(self.body, PagedTier) and (q.shape[2] == 1 or (q.shape[2] <= STEPS and prefill == "exact")):
+        if isinstance(self.body, PagedTier) and not own and (q.shape[2] == 1 or (q.shape[2] <= STEPS and prefill == "exact")):
             visible, body_length = self._visible(token, rank, seen, prefill)
             below = torch.arange(self.sinks.longest) < seen.sinks[:, None, None]
             visible = torch.cat([below.expand(-1, q.shape[2], -1), visible], 2)
@@ -166,23 +169,25 @@ class LayerStore:
             body = self.body.body(body_length.amax((1, 2))) if self.body.longest else None  # all queries see the same of it
             return decode(q, body, ExactTokens(near[0], near[1], visible.to(q.device)), shape, sink)
         parts, start, past = [], 0, None
-        if isinstance(self.body, PagedTier) and self.body.longest and prefill == "exact":
+        if isinstance(self.body, PagedTier) and not own and self.body.longest and prefill == "exact":
             past = attend_past(q, self.body.body(seen.body), shape)
         sinks, stored = self.sinks.sides(), self.body.sides() if past is None else None
         seen_there = seen.to(q.device)
-        for queries, at in zip(q.split(QUERIES, 2), rank.split(QUERIES, 1), strict=True):
+        for queries, query_rank in zip(q.split(QUERIES, 2), rank.split(QUERIES, 1), strict=True):
+            ranks = query_rank.to(q.device)[..., 0]
             # Tokens behind the end of a row have ranks above all.
-            visible, body_length = self._visible(token.to(q.device), at.to(q.device), seen_there, prefill)
-            tiers = [attend(queries, *window, visible, shape)]
+            visible, body_length = self._visible(token.to(q.device), query_rank.to(q.device), seen_there, prefill)
+            tiers = [attend(queries, *window, visible, shape, Places(ranks, token.to(q.device)[:, 0]))]
             if past is not None:
                 some = slice(start, start + queries.shape[2])
                 tiers.append(Partial(past.out[:, :, some], past.lse[:, :, some]))
                 start = some.stop
-            held = (self.sinks, sinks, seen_there.sinks[:, None, None]), (self.body, stored, body_length)
-            for tier, sides, length in held:
+            # What lies in the body has sinks before it, all of them.
+            held = (self.sinks, sinks, seen_there.sinks[:, None, None], 0), (self.body, stored, body_length, self.recipe.sinks)
+            for tier, sides, length, first in held:
                 if sides is not None and tier.longest:
-                    below = torch.arange(tier.longest, device=q.device) < length
-                    tiers.append(attend(queries, *sides, below, shape))
+                    at = torch.arange(tier.longest, device=q.device)
+                    tiers.append(attend(queries, *sides, at < length, shape, Places(ranks, first + at[None])))
             parts.append(merge(tiers, sink).out)
         return torch.cat(parts, 2)
 

@@ -86,14 +86,16 @@ def _watch(model: Any, layers: Collection[int], real: Tensor, position: Tensor, 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal rope
         if module.layer_idx in layers:
+            stored = getattr(module, "stored_form", None)  # of modules that cache something else than they attend with at first
+            q, k, v = (query, key, value) if stored is None else stored(query, key, value)
             rope = rope or rope_of(model)  # not before the first layer: a dynamic RoPE has seen the length of the batch then
-            if query.shape[-1] != 2 * len(rope.frequency):
+            if q.shape[-1] != 2 * len(rope.frequency):
                 raise UnsupportedModelError(
-                    f"Queries of {text.model_type} have {query.shape[-1]} coordinates, and not those of its heads. {REMEDY}"
+                    f"Queries of {text.model_type} have {q.shape[-1]} coordinates, and not those of its heads. {REMEDY}"
                 )
             scale = kwargs.get("scaling")
             shape = Shape(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
-            take(Attended(module.layer_idx, query, key, value, shape, kwargs.get("s_aux"), real, position, rope))
+            take(Attended(module.layer_idx, q, k, v, shape, kwargs.get("s_aux"), real, position, rope))
             seen.add(module.layer_idx)
         names = inspect.unwrap(type(module).forward).__globals__  # where the model would have looked its own attention up
         own = names["ALL_ATTENTION_FUNCTIONS"].get_interface(inner, names.get("eager_attention_forward"))

@@ -1,9 +1,9 @@
 """`kvstack bench`: speed on this machine's GPU, beside other libraries that are installed, in one process.
 
 `decode`: attention of a decode step. `prefill`: of a chunk of new tokens over a compressed past. `encode`: new tokens into pages.
-`generate`: a whole model's decode loop. `long`: the same over a long generation, with eviction. `error`: how exact decode attention
-is. The tables go to the terminal, the rows to a results file (`environment.write_results`), the picture to a PNG. What is measured and
-how is the business of `bench/`.
+`lowrank`: attention of a decode step over low-rank records. `generate`: a whole model's decode loop. `long`: the same over a long
+generation, with eviction. `error`: how exact decode attention is. The tables go to the terminal, the rows to a results file
+(`environment.write_results`), the picture to a PNG. What is measured and how is the business of `bench/`.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,9 +23,10 @@ from kvstack.bench import encode as encoding
 from kvstack.bench import error as erring
 from kvstack.bench import generate as generating
 from kvstack.bench import long as lasting
+from kvstack.bench import lowrank as thinning
 from kvstack.bench import own, peers, report
 from kvstack.bench import prefill as prefilling
-from kvstack.bench.contender import Contender
+from kvstack.bench.contender import NAME, Contender
 from kvstack.bench.problem import Problem
 from kvstack.bench.trial import Row, gpu
 from kvstack.cli.compare import command_line, print_wide
@@ -39,6 +40,7 @@ kvstack bench decode --shape 32x32768 --bits "4, k4v2" --peers "sdpa, flash3"
 kvstack bench decode --json results/decode_h200.json --plot out/decode_h200.png
 kvstack bench prefill --chunk 2048 --past 131072 --json out/prefill.json
 kvstack bench encode --shape 1x32768 --shape 32x1 --bits "4, 4+search" --quick
+kvstack bench lowrank --batch 32 --tokens 32768 --ranks "56, 64" --variants nope
 kvstack bench generate --shape qwen3-8b --context 32768
 kvstack bench long --recipe bf16 --recipe "tri(1024)+polar4" --generated 32768
 kvstack bench error --tokens 4096 --tokens 1048576
@@ -150,6 +152,64 @@ def error(
     with _progress() as bar:
         rows = erring.measure(tokens or erring.TOKENS, head_dim, contenders, device, bar)
     show(rows, f"Errors on {torch.cuda.get_device_name()}", json_out, None, erring.LAYOUT)
+
+
+def lowrank(
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of every row.")] = 32768,
+    heads: Annotated[int, typer.Option(min=1, help="Heads, which share one part of K and of V.")] = 32,
+    head_dim: HeadDim = 128,
+    ranks: Annotated[str, typer.Option(help="Ranks of the heads' residuals, separated by commas.")] = ", ".join(
+        map(str, thinning.RANKS)
+    ),
+    variants: Annotated[str, typer.Option(help="Residuals without position (nope), with RoPE (exact), or both.")] = ", ".join(
+        thinning.VARIANTS
+    ),
+    json_out: JsonOut = None,
+) -> None:
+    """Measure attention of a decode step over low-rank records (LRKV), beside multi-head attention in bf16 of the same heads.
+
+    Ours is all of it, from the query to the output of every head, both products with up-projections included, and is first checked
+    against torch. Times are medians, of CUDA graphs; "x best MHA" above 1 is faster than every library here that reads K and V in bf16.
+    """
+    if head_dim not in (64, 128, 256):
+        raise BadInputError(f"There is no low-rank kernel for heads of {head_dim}. Give a size of 64, 128 or 256.")
+    kinds, numbers = own.words(variants), own.words(ranks)
+    for kind in kinds:
+        if kind not in thinning.VARIANTS:
+            raise BadInputError(f"There is no variant {kind!r}. Give some of {', '.join(thinning.VARIANTS)}.")
+    for number in numbers:
+        if not number.isdecimal() or not 1 <= int(number) <= head_dim:
+            raise BadInputError(f"{number!r} is no rank. Give numbers from 1 to the size of a head, {head_dim}.")
+    if not kinds or not numbers:
+        raise BadInputError('There is nothing to measure. Give some --variants and --ranks, such as "nope" and "60".')
+    problem = Problem((tokens,) * batch, heads, heads, head_dim)
+    device = _ready(json_out)
+    with _progress() as bar:
+        contenders = [*thinning.contenders(kinds, [int(n) for n in numbers]), *thinning.mha()]
+        rows = thinning.measure([problem], contenders, device, 25, bar)
+    show_lowrank(rows, f"Low-rank decode attention on {torch.cuda.get_device_name()}", json_out)
+
+
+def show_lowrank(rows: list[Row], title: str, json_out: Path | None) -> None:
+    """Print the rows of `bench.lowrank`, the fastest first, and who did not run, and write the file that was asked for."""
+    first = rows[0]
+    about = f"{title}, {first['B']} x {first['N']:,} tokens, {first['H']} heads of {first['D']}"
+    table = Table(title=about, title_justify="left", min_width=len(about))
+    for i, head in enumerate(("kernel", "variant", "rank", "GB", "µs", "TB/s", "x best MHA", "error")):
+        table.add_column(head, justify="right" if i > 1 else "left", no_wrap=True)
+    for r in sorted((r for r in rows if r["us"]), key=lambda r: r["us"]):
+        numbers = f"{r['bytes'] / 1e9:.2f}", f"{r['us']:,.1f}", f"{r['tb_per_s']:.2f}", report.ratio(r["speedup_over_best_mha"])
+        style = "bold" if r["kernel"] == NAME else None
+        table.add_row(r["kernel"], r["variant"], str(r["rank"] or "-"), *numbers, f"{r['error']:.1e}", style=style)
+    console = Console()
+    print_wide(table)
+    for r in rows:
+        if "reason" in r:
+            console.print(f"{r['kernel']} ({r['variant']}) did not run: {r['reason']}", soft_wrap=True, highlight=False, markup=False)
+    if json_out:
+        write_results(json_out, command_line(), rows)
+        console.print(f"wrote {json_out}", soft_wrap=True, highlight=False)
 
 
 def generate(

@@ -26,6 +26,7 @@ COMMANDS = {
     "run": ("kvstack.cli.run:run", "Generate text with a compressed cache."),
     "compare": ("kvstack.cli.compare:compare", "Measure recipes side by side: bytes, quality, speed."),
     "calibrate": ("kvstack.cli.calibrate:calibrate", "Calibrate a profile of a model on text."),
+    "convert": ("kvstack.cli.convert:convert", "Turn a pretrained MHA model into LRKV or GQA, which cache less."),
     "inspect": ("kvstack.cli.inspect:inspect", "Show what a profile says of a model's queries."),
     "qjl": ("kvstack.cli.qjl:qjl", "Show why a sign sketch of the residual does not pay."),
     "doctor": ("kvstack.cli.doctor:doctor", "Say what this machine can do, and why."),
@@ -35,11 +36,13 @@ LAB_COMMANDS = {
     "eval": ("kvstack.cli.lab:evaluate", "Judge a model on the synthetic tasks."),
     "corpus": ("kvstack.cli.pretrain:corpus", "Tokenise this machine's Python sources for pretraining."),
     "pretrain": ("kvstack.cli.pretrain:pretraining", "Pretrain a decoder whose attention you choose."),
+    "architectures": ("kvstack.cli.architectures:architectures", "Compare pretrained decoders."),
 }
 BENCH_COMMANDS = {
     "decode": ("kvstack.cli.bench:decode", "Time attention of a decode step, ours and other libraries'."),
     "prefill": ("kvstack.cli.bench:prefill", "Time attention of a prompt's chunk over a compressed past."),
     "encode": ("kvstack.cli.bench:encode", "Time new tokens on their way into pages."),
+    "lowrank": ("kvstack.cli.bench:lowrank", "Time attention of a decode step over low-rank records (LRKV)."),
     "error": ("kvstack.cli.bench:error", "How exact decode attention is, up to a million tokens."),
     "long": ("kvstack.cli.bench:long", "A long generation with eviction: tokens per second and memory."),
     "generate": ("kvstack.cli.bench:generate", "A model's decode loop: tokens per second of recipes."),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvstack import artefact
-from kvstack.attention.config import KINDS, VARIANTS
+from kvstack.attention import words
 from kvstack.errors import BadInputError
 from kvstack.lab.corpus import corpus_facts, load_corpus, make_corpus, save_corpus
 from kvstack.lab.optim import OPTIMIZERS
@@ -22,10 +22,10 @@ from kvstack.lab.pretrain import PretrainConfig, pretrain, small
 
 EXAMPLES = """
 kvstack lab corpus out/corpus.npz --bytes 1_000_000_000
-kvstack lab pretrain --attention lrkv --rank 24 --corpus out/corpus.npz --out out/lrkv24
-kvstack lab pretrain --attention mla --latent-dim 480 --rope-dim 32 --corpus out/corpus.npz --out out/mla
-kvstack lab pretrain --small --attention lrkv --rank 6 --variant nope --out out/try
-torchrun --nproc-per-node 4 -m kvstack.cli.main lab pretrain --attention lrkv --rank 24 --parallel fsdp --out out/lrkv24
+kvstack lab pretrain --attention "lrkv(rank=24)" --corpus out/corpus.npz --out out/lrkv24
+kvstack lab pretrain --attention "mla(latent=480, rope=32)" --corpus out/corpus.npz --out out/mla
+kvstack lab pretrain --small --attention "lrkv(rank=6, variant=nope)" --out out/try
+torchrun --nproc-per-node 4 -m kvstack.cli.main lab pretrain --attention "lrkv(24)" --parallel fsdp --out out/lrkv24
 """
 
 COLUMNS = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -47,12 +47,7 @@ def corpus(
 
 def pretraining(
     out: Annotated[Path, typer.Option(help="Folder of the run and its model.")],
-    attention: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")] = "mha",
-    rank: Annotated[int, typer.Option(min=0, help="lrkv: numbers of a head's residual.")] = 0,
-    variant: Annotated[str, typer.Option(help=f"lrkv: {' or '.join(VARIANTS)}.")] = VARIANTS[0],
-    kv_heads: Annotated[int, typer.Option(min=1, help="gqa: heads of keys and values.")] = 4,
-    latent_dim: Annotated[int, typer.Option(min=1, help="mla: numbers of the latent.")] = 480,
-    rope_dim: Annotated[int, typer.Option(min=2, help="mla: numbers of the key that carries position.")] = 32,
+    attention: Annotated[str, typer.Option(help=f"One of {', '.join(words.WORDS)}, with arguments as in lrkv(rank=24).")] = "mha",
     corpus_file: Annotated[Path | None, typer.Option("--corpus", help="Tokens made by `lab corpus`; else they are made anew.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the whole run.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Tokens of a step, over all processes.")] = None,
@@ -68,20 +63,16 @@ def pretraining(
     small_run: Annotated[bool, typer.Option("--small", help="A tiny model and run, to try the loop without a GPU.")] = False,
 ) -> None:
     """Pretrain a decoder whose attention you choose, on the Python sources of this machine."""
-    for value, known in ((attention, KINDS), (parallel, SPREADS), (optimizer or OPTIMIZERS[0], OPTIMIZERS)):
+    for value, known in ((parallel, SPREADS), (optimizer or OPTIMIZERS[0], OPTIMIZERS)):
         if value not in known:
             raise BadInputError(f"There is no {value!r} here. Choose one of {', '.join(known)}.")
-    fields: dict[str, dict[str, Any]] = {
-        "gqa": {"num_key_value_heads": kv_heads},
-        "mla": {"latent_dim": latent_dim, "rope_dim": rope_dim},
-        "lrkv": {"rank": rank, "variant": variant},
-    }
     given = {
-        "tokens": tokens, "batch": batch, "optimizer": optimizer, "matrix_lr": matrix_lr, "other_lr": other_lr, "seed": seed, "data_seed": data_seed,
+        "tokens": tokens, "batch": batch, "optimizer": optimizer, "matrix_lr": matrix_lr, "other_lr": other_lr,
+        "seed": seed, "data_seed": data_seed,
     }  # fmt: skip
     cfg = replace(
         small() if small_run else PretrainConfig(),
-        attention={"attention": attention, **fields.get(attention, {})},
+        attention=words.read(attention),
         parallel=parallel,
         checkpointing=checkpointing,
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]

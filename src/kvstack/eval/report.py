@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvstack.eval import curves, page
+from kvstack.eval import architectures, curves, page
 
 Row = dict[str, Any]
 
@@ -100,7 +100,7 @@ def markdown(files: Sequence[Path]) -> str:
     for path in files:
         found = json.loads(path.read_text("utf-8"))
         rows = found["rows"]
-        shown = curves.compact(rows) if curves.are_mine(rows) else [_as_table(_lines(rows))]
+        shown = _shown(rows)
         if not shown[0].cells:
             continue
         env = found["environment"]
@@ -108,6 +108,12 @@ def markdown(files: Sequence[Path]) -> str:
         tables = "\n\n".join(map(_in_markdown, shown))
         parts.append(f"## {path.stem}\n\n{machine}\n\n```\n{found['command']}\n```\n\n{_legend(rows[0])}{tables}")
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(rows: Sequence[dict[str, Any]]) -> list[page.Table]:
+    if curves.are_mine(rows):
+        return curves.compact(rows)
+    return architectures.tables(rows) if architectures.are_mine(rows) else [_as_table(_lines(rows))]
 
 
 def _as_table(lines: Sequence[dict[str, str]]) -> page.Table:

@@ -21,7 +21,7 @@ from kvstack.cache.static import StaticStore
 from kvstack.cache.store import LayerStore, Prefill
 from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import BadInputError, UnsupportedModelError
-from kvstack.kernels.reference import Shape, Side, attend, merge
+from kvstack.kernels.reference import RecordLogits, Shape, Side, attend, merge
 
 NAME = "kvstack"
 
@@ -66,14 +66,15 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    record_logits: RecordLogits | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention `[B, T, Hq, D]` of `query [B, Hq, T, D]`; see the module.
+    """Attention `[B, T, Hq, D]` of `query [B, Hq, T, D]`; see the module. record_logits: of modules that cache no keys but latents.
 
     Raises BadInputError for NaN or Inf, for masks that the store cannot follow and for dropout, UnsupportedModelError for a layer that
     needs another mask than a causal one.
     """
-    shape = Shape(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+    shape = Shape(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, record_logits)
     if isinstance(key, Fresh):
         if kwargs.get("sliding_window") is not None:
             raise UnsupportedModelError(f"Layer {key.layer} has a sliding window that its cache does not know. Use another model.")

@@ -22,6 +22,8 @@ def check(model: Any) -> None:
         raise UnsupportedModelError(f"{kind} is an encoder-decoder model. {REMEDY}")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(f"{kind} caches latents (MLA), not keys and values. {REMEDY}")
+    if getattr(config, "pool", 0):
+        raise UnsupportedModelError(f"{kind} caches entries pooled from several tokens, not keys and values. {REMEDY}")
     if not getattr(config, "rope_parameters", None):
         raise UnsupportedModelError(f"{kind} states no `rope_parameters`: it has no rotary position embedding (RoPE). {REMEDY}")
     if getattr(config, "num_kv_shared_layers", None):
@@ -40,10 +42,11 @@ def use(model: Any, attention: str) -> None:
 
 
 def head_dim(model: Any) -> int:
-    """Size of a head as the config states it. Raises UnsupportedModelError when layers differ."""
+    """Size of a cached key of a head as the config states it. Raises UnsupportedModelError when layers differ."""
     config = model.config.get_text_config(decoder=True)
     try:
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        stated = getattr(config, "record_dim", None) or getattr(config, "head_dim", None)
+        return int(stated or config.hidden_size // config.num_attention_heads)
     except Exception as e:  # transformers' own error for such configs differs between its versions
         raise UnsupportedModelError(f"The layers of {config.model_type} have heads of different sizes. {REMEDY}") from e
 

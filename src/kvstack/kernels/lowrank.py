@@ -1,69 +1,15 @@
-"""Attention of a decode step over low-rank records (LRKV), fused: what `lowrank_reference` computes, at the speed of memory on Hopper.
+"""Attention of a decode step over low-rank records (LRKV): by a kernel on a Hopper GPU, elsewhere in torch.
 
-Records `[shared D | r_0 | r_1 | ...]` of K and of V are read once, but for the shared part, which every group of heads reads:
-
-    programs    program (group, split, row) takes G neighbouring heads, whose latents are G r neighbouring columns of a record, and a
-                share of the row's tiles of `tokens` records. Groups are neighbours in time, and so all but one find the shared part
-                in the level-2 cache
-    logits      one product of the 16 query rows (G of them real) with the shared tile, and one with the latents: in that matrix of
-                queries each head's row is zero but for its own columns. Of exact residuals (`Rebuild`) each head's keys are rebuilt
-                as two products, one for each half of RoPE's pairs, turned, and summed against the query in float32
-    means       the weights times `[v_s | r_0 ... r_(G-1)]`, of which a head keeps its own columns
-    splits      out [B * H, S, P] float32, P >= D + r a power of two, and lse2 [B * H, S], which `merge` adds up, always in one order
-
-Products with queries have the tile second, `[16 x K] @ [K x tokens]`: as the first operand, with 16 columns, Triton 3.6 reads it from
-beyond shared memory on sm_90. Keys are rebuilt 32 tokens at a time, too few for the instructions (wgmma) that do so. Products are of
-16-bit numbers, summed in float32; weights are rounded to the type of the values.
-
-The grid depends on shapes alone and lengths are read on the device, so a CUDA graph can replay a step. Not here: the projections
-B_h^T q before and B_h times the mean after, which are one small product each for all tokens.
+Records, queries and both ways of a residual are described in `lowrank_reference`, which is also what runs where there is no kernel; the
+kernel is `lowrank_hopper`. Not here: the projections B_h^T q before and B_h times the mean after, which are one small product each for
+all tokens.
 """
 
-import math
-from dataclasses import dataclass
-
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvstack.kernels import lowrank_reference
 from kvstack.kernels.decode import choose
-from kvstack.kernels.device import processors
 from kvstack.kernels.lowrank_reference import Rebuild
-from kvstack.kernels.merge import merge_partials
-
-ROWS = 16  # query rows of a product, the fewest a tensor core takes
-WAVES = 2  # programs for every place on the GPU, at most: more share rows more evenly, fewer start less often
-LEAST = 256  # tokens of a split, at least, if the row has them
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a program is built. tokens: of a tile. columns: of latents that it takes, at most: heads times rank, padded to a power
-    of two. stages: tiles kept in shared memory, plus one. resident: programs on a multiprocessor. registers: of a thread, at most."""
-
-    tokens: int
-    columns: int
-    warps: int
-    stages: int
-    resident: int
-    registers: int | None = None
-
-
-# Two programs of 16 warps in all keep one another's loads in flight; with two tiles each there is room for one, or for two of half the
-# heads, which read the shared part twice as often. Exact residuals keep up-projections in shared memory, too, 32 tokens at a time.
-NOPE = {
-    "two programs": Tile(tokens=32, columns=512, warps=8, stages=2, resident=2, registers=128),
-    "deep": Tile(tokens=32, columns=512, warps=8, stages=3, resident=1),
-    "long": Tile(tokens=64, columns=512, warps=8, stages=2, resident=1),
-    "half": Tile(tokens=32, columns=256, warps=4, stages=3, resident=2),
-}
-EXACT = {
-    "eight warps": Tile(tokens=32, columns=256, warps=8, stages=2, resident=1),
-    "four warps": Tile(tokens=32, columns=256, warps=4, stages=2, resident=1),
-}
-BEST = {"nope": NOPE["two programs"], "exact": EXACT["eight warps"]}
 
 
 def lowrank_decode(
@@ -75,141 +21,7 @@ def lowrank_decode(
     """
     if keys.dtype.itemsize != 2 or choose(q_shared.device).name != "hopper":
         return lowrank_reference.attend(q_shared, q_residual, keys, values, lengths, scale)
-    return attend(q_shared, q_residual, keys, values, lengths, scale, BEST["exact" if isinstance(q_residual, Rebuild) else "nope"])
+    from kvstack.kernels import lowrank_hopper  # needs Triton
 
-
-def attend(
-    q_shared: Tensor, q_residual: Tensor | Rebuild, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, tile: Tile
-) -> tuple[Tensor, Tensor]:
-    """`lowrank_decode` by the kernel, built as `tile` says.
-
-    All tensors have unit stride in their last dimension, and records of a row follow each other. lengths: `[B]` int32, at most N.
-    """
-    (batch, heads, steps, head_dim), (_, slots, width) = q_shared.shape, keys.shape
-    exact = isinstance(q_residual, Rebuild)
-    rank = q_residual.up.shape[-1] if isinstance(q_residual, Rebuild) else q_residual.shape[-1]
-    assert steps == 1 and width == head_dim + heads * rank and head_dim in (64, 128, 256)
-    assert values.shape == keys.shape and values.dtype == keys.dtype and lengths.dtype == torch.int32
-    assert keys.stride(1) == values.stride(1) == width and keys.stride(2) == values.stride(2) == 1
-    group, columns, padded, places = shape(heads, head_dim, rank, tile)
-    parts = splits(batch * heads // group, slots, processors(keys.device) * tile.resident, tile.tokens)
-    out = torch.empty(batch * heads, parts, 1, places, dtype=torch.float32, device=keys.device)
-    lse2 = torch.empty(batch * heads, parts, 1, dtype=torch.float32, device=keys.device)
-    if isinstance(q_residual, Rebuild):
-        assert q_residual.up.shape == (heads, head_dim, rank) and q_residual.cos.shape == q_residual.sin.shape
-        residual = q_residual.up.to(keys.dtype), q_residual.cos, q_residual.sin, q_residual.offsets
-    else:
-        residual = q_residual.to(keys.dtype), lse2, lse2, lengths  # what is not exact reads no table and no offset
-    lowrank_kernel[(heads // group, parts, batch)](
-        q_shared.contiguous(), *(x.contiguous() for x in residual), keys, values, lengths, out, lse2,
-        keys.stride(0), values.stride(0), heads, scale * math.log2(math.e),
-        M=ROWS, D=head_dim, R=rank, G=group, W=width, COLUMNS=columns, PADDED=padded, P=places, TOKENS=tile.tokens, EXACT=exact,
-        STAGES=tile.stages, num_warps=tile.warps, maxnreg=tile.registers,
-    )  # fmt: skip
-    # Nobody writes behind D + r, and what merging makes of that is not looked at.
-    merged = torch.empty(batch, heads, 1, places, dtype=q_shared.dtype, device=keys.device)
-    merge_partials(merged, None, (out, lse2), None, parts * batch * heads, None, None, None, heads)
-    return merged[:, :, 0, :head_dim], merged[:, :, 0, head_dim : head_dim + rank]
-
-
-def shape(heads: int, head_dim: int, rank: int, tile: Tile) -> tuple[int, int, int, int]:
-    """Heads of a program; columns of their latents, of one head's, and of a partial, each padded to a power of two."""
-
-    def padded(n: int) -> int:
-        return max(16, 1 << (n - 1).bit_length())  # the least that is summed over in a product
-
-    group = max((g for g in range(1, ROWS + 1) if heads % g == 0 and padded(g * rank) <= tile.columns), default=1)
-    return group, padded(group * rank), padded(rank), padded(head_dim + rank)
-
-
-def splits(programs: int, slots: int, places: int, tokens: int) -> int:
-    """Shares of a row of `slots` records, for as many programs without splits and as many places for them on the GPU."""
-    return max(1, min(WAVES * places // programs, -(-slots // max(LEAST, tokens))))
-
-
-@triton.jit
-def lowrank_kernel(
-    q, residual, cos, sin, offsets, keys, values, lengths, out, lse2, keys_b, values_b, heads, scale,
-    M: tl.constexpr, D: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
-    P: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program of `attend`. residual: queries `[B, H, r]`, or up-projections `[H, D, r]`. x_b: stride of x in b. scale: base 2."""
-    first, split, b = tl.program_id(0) * G, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row, d, column, token = tl.arange(0, M), tl.arange(0, D), tl.arange(0, COLUMNS), tl.arange(0, TOKENS)
-    length = tl.load(lengths + b)
-    share = tl.cdiv(tl.cdiv(length, TOKENS), tl.num_programs(1)) * TOKENS
-    start = split * share
-    stop = tl.minimum(start + share, length)
-
-    head = b * heads + first + row
-    real = row < G
-    kind = keys.dtype.element_ty
-    record = tl.full((), W, tl.int64)
-    query = tl.load(q + head[:, None] * D + d[None, :], mask=real[:, None], other=0.0).to(kind)
-    own = (column[None, :] // R == row[:, None]) & (column < G * R)[None, :]
-    latents = D + first * R + column
-    if EXACT:
-        offset = tl.load(offsets + b)
-    else:
-        latent_query = tl.load(residual + (b * heads + first) * R + column[None, :], mask=own, other=0.0)
-
-    top = tl.full((M,), float("-inf"), tl.float32)
-    mass = tl.zeros((M,), tl.float32)
-    shared = tl.zeros((M, D), tl.float32)
-    latent = tl.zeros((M, COLUMNS), tl.float32)
-    for t in tl.range(start, stop, TOKENS, num_stages=STAGES):
-        # What is behind a row's end is not read, and counts as zero: there may be NaN.
-        seen = t + token < stop
-        ours = seen[:, None] & (column < G * R)[None, :]
-        k_tile = keys + b * keys_b + t * record
-        v_tile = values + b * values_b + t * record
-        k = tl.load(k_tile + token[:, None] * W + d[None, :], mask=seen[:, None], other=0.0)
-        x = tl.dot(query, tl.trans(k))
-        if EXACT:
-            at = (offset + t + token)[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-            c = tl.load(cos + at, mask=seen[:, None], other=0.0)
-            s = tl.load(sin + at, mask=seen[:, None], other=0.0)
-            for g in tl.static_range(G):
-                y = _exact(
-                    q + (b * heads + first + g) * D, residual + (first + g) * D * R, k_tile + D + (first + g) * R, seen, c, s,
-                    D, R, W, PADDED, TOKENS,
-                )  # fmt: skip
-                x += tl.where((row == g)[:, None], y[None, :], 0.0)
-        else:
-            k_latent = tl.load(k_tile + token[:, None] * W + latents[None, :], mask=ours, other=0.0)
-            x = tl.dot(latent_query, tl.trans(k_latent), x)
-        x = tl.where(seen[None, :], x * scale, float("-inf"))
-        higher = tl.maximum(top, tl.max(x, 1))
-        weight = tl.exp2(x - higher[:, None])
-        decay = tl.exp2(top - higher)
-        top = higher
-        mass = mass * decay + tl.sum(weight, 1)
-        weight = weight.to(kind)
-        v = tl.load(v_tile + token[:, None] * W + d[None, :], mask=seen[:, None], other=0.0)
-        v_latent = tl.load(v_tile + token[:, None] * W + latents[None, :], mask=ours, other=0.0)
-        shared = tl.dot(weight, v, shared * decay[:, None])
-        latent = tl.dot(weight, v_latent, latent * decay[:, None])
-
-    # A split without tokens gives zeros of no weight.
-    inverse = 1.0 / tl.where(mass > 0, mass, 1.0)[:, None]
-    to = head * tl.num_programs(1) + split
-    tl.store(lse2 + to, top + tl.log2(mass), mask=real)
-    to = out + to[:, None] * P
-    tl.store(to + d[None, :], shared * inverse, mask=real[:, None])
-    tl.store(to + (D + column[None, :] - row[:, None] * R), latent * inverse, mask=own)
-
-
-@triton.jit
-def _exact(
-    query, up, latents, seen, c, s,
-    D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Residual logits `[TOKENS]` of one head, at its pointers: q . Rot_t (B r_t), where c and s `[TOKENS, D / 2]` are Rot_t's."""
-    j, pair = tl.arange(0, PADDED), tl.arange(0, D // 2)
-    latent = tl.load(latents + tl.arange(0, TOKENS)[:, None] * W + j[None, :], mask=seen[:, None] & (j < R)[None, :], other=0.0)
-    half = up + pair[None, :] * R + j[:, None]
-    k1 = tl.dot(latent, tl.load(half, mask=(j < R)[:, None], other=0.0))  # [TOKENS, D / 2]
-    k2 = tl.dot(latent, tl.load(half + D // 2 * R, mask=(j < R)[:, None], other=0.0))
-    q1 = tl.load(query + pair).to(tl.float32)[None, :]
-    q2 = tl.load(query + D // 2 + pair).to(tl.float32)[None, :]
-    return tl.sum(c * (q1 * k1 + q2 * k2) + s * (q2 * k1 - q1 * k2), 1)
+    tile = lowrank_hopper.EXACT if isinstance(q_residual, Rebuild) else lowrank_hopper.NOPE
+    return lowrank_hopper.attend(q_shared, q_residual, keys, values, lengths, scale, tile)

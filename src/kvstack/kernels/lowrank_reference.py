@@ -1,4 +1,4 @@
-"""Attention of a decode step over low-rank records (LRKV), in torch: the reference of the kernel in `lowrank`.
+"""Attention of a decode step over low-rank records (LRKV), in torch: the reference of the kernel in `lowrank_hopper`.
 
 Every head's key and value is a part that all H heads share and a residual of rank r of its own, K_h = X (W_s + U_h B_h^T)
 (arXiv:2601.11471, section 3). What is kept of a token is one record of K and one of V:
@@ -13,6 +13,7 @@ Everything is computed in float32. Projections, RoPE of queries and how records 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Rebuild:
     cos: Tensor
     sin: Tensor
     offsets: Tensor
+
+    @cached_property
+    def half(self) -> tuple[Tensor, Tensor]:
+        """cos and sin in float16, for the kernel: made once, at first use."""
+        return self.cos.half(), self.sin.half()
 
 
 def attend(

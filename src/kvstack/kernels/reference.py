@@ -12,6 +12,7 @@ Everything is computed in float32. Which tokens a query sees is the caller's mas
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,24 +40,41 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Ranks of queries `[B or 1, T]` and of tokens `[B or 1, N]`: what is between them is what position means."""
+
+    query: Tensor
+    token: Tensor
+
+
+class RecordLogits(Protocol):
+    """How queries meet records that are not keys as they are (LRKV, MLA): before scale and cap, `[B, Hq, T, N]` float32."""
+
+    def __call__(self, q: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
+        """q: `[B, Hq, T, any]` float32. key, value: decoded records `[B, H, N, any]` float32."""
+
+
+@dataclass(frozen=True)
 class Shape:
-    """scale: factor on the logits. softcap: logits become softcap * tanh(logits / softcap)."""
+    """scale: factor on the logits. softcap: logits become softcap * tanh(logits / softcap). logits: None for q . k."""
 
     scale: float
     softcap: float | None = None
+    logits: RecordLogits | None = None
 
 
-def attend(q: Tensor, key: Side, value: Side, mask: Tensor | None, shape: Shape) -> Partial:
+def attend(q: Tensor, key: Side, value: Side, mask: Tensor | None, shape: Shape, places: Places | None = None) -> Partial:
     """Attention of `q [B, Hq, T, D]` over one tier of N tokens.
 
-    mask: `[B, T, N]` bool (B and T may be 1), true where the query sees the token; None: it sees all.
+    mask: `[B, T, N]` bool (B and T may be 1), true where the query sees the token; None: it sees all. places: for a shape with
+    logits of its own.
     """
     b, hq, t, _ = q.shape
     v = value.codec.latent(value.codes)  # [B, H, N, Dl]
     h, n = v.shape[1], v.shape[2]
     if mask is not None:
         v = v.masked_fill(~mask.any(-2)[:, None, :, None], 0)
-    logits = _logits(q, key, mask, shape)
+    logits = _logits(q, key, mask, shape) if shape.logits is None else _record_logits(q, key, value, mask, shape, places)
     top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = (logits - top).exp_()
     total = weights.sum(-1)  # [B, Hq, T]
@@ -76,7 +94,22 @@ def _logits(q: Tensor, key: Side, mask: Tensor | None, shape: Shape) -> Tensor:
     logits = key.codec.project(grouped) @ k.transpose(-1, -2)
     if key.codec.centre is not None:
         logits = logits + (grouped * key.codec.centre[:, None]).sum(-1, keepdim=True)
-    logits = (logits * shape.scale).reshape(b, hq, t, n)
+    return _shaped(logits.reshape(b, hq, t, n), mask, shape)
+
+
+def _record_logits(q: Tensor, key: Side, value: Side, mask: Tensor | None, shape: Shape, places: Places | None) -> Tensor:
+    """`_logits` where the shape has its own."""
+    assert shape.logits is not None and places is not None
+    k, v = (side.codec.decode(side.codes) for side in (key, value))
+    if mask is not None:
+        hidden = ~mask.any(-2)[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    return _shaped(shape.logits(q.float(), k, v, places), mask, shape)
+
+
+def _shaped(logits: Tensor, mask: Tensor | None, shape: Shape) -> Tensor:
+    """Logits `[B, Hq, T, N]` scaled, capped and masked."""
+    logits = logits * shape.scale
     if shape.softcap is not None:
         logits = shape.softcap * torch.tanh(logits / shape.softcap)
     return logits if mask is None else logits.masked_fill(~mask[:, None], -math.inf)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvstack.attention import words
 from kvstack.errors import BadInputError
 from kvstack.lab.text import HELD_OUT, TUNING
 
@@ -49,14 +50,17 @@ def _text(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         width=128,
         subsequent_indent="  ",
     )
+    attention = cfg.get("attention")
+    kind = "Qwen3 of transformers" if attention is None else "the decoder of `kvstack.attention`"
+    shared = f"{cfg['kv_heads']} KV heads" if attention is None else f"attention `{words.name(attention)}`"
     note = textwrap.fill(f"* Note: {facts['note']}", width=128, subsequent_indent="  ") + "\n" if "note" in facts else ""
     return f"""# {name}
 
 A decoder of {facts["parameters"]:,} parameters for measuring what KV-cache compression does to text and to long-context tasks. It is a
 laboratory model: it knows Python sources and five synthetic tasks, and nothing else.
 
-* Architecture: Qwen3 of transformers, {cfg["layers"]} layers, width {cfg["width"]}, {cfg["heads"]} query heads,
-  {cfg["kv_heads"]} KV heads, head size {cfg["head_dim"]}, RoPE base {cfg["rope_theta"]:,.0f}, context {cfg["context"]},
+* Architecture: {kind}, {cfg["layers"]} layers, width {cfg["width"]}, {cfg["heads"]} query heads,
+  {shared}, head size {cfg["head_dim"]}, RoPE base {cfg["rope_theta"]:,.0f}, context {cfg["context"]},
   tied embeddings, float16 weights.
 * Tokenizer: byte-level BPE of 4096 tokens, trained on the same text.
 {data}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def load_corpus(path: Path) -> Corpus:
     try:
         with np.load(path) as held:
             return Corpus(held["train"], held["tuning"], held["test"], **json.loads(str(held["facts"])))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as e:
         raise BadInputError(f"{path} is no corpus. Make one with `kvstack lab corpus {path}`.") from e
 
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +51,11 @@ class World:
             dist.all_reduce(x)
         return x / self.size
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
 
 @contextmanager
 def joined() -> Iterator[World]:
@@ -74,10 +80,11 @@ def spread(model: nn.Module, layers: nn.ModuleList, how: str, world: World) -> n
         return model
     if how == DDP:
         return DistributedDataParallel(model)
-    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    empty = {p for p in model.parameters() if not p.numel()}  # residuals of rank 0, which FSDP cannot cut
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=empty)
+    fully_shard(model, mesh=mesh, ignored_params=empty)
     return model
 
 

@@ -8,7 +8,7 @@ its folder
     pretrain.json     settings, facts, the curve, and the loss of every window of the test text
     config.json ...   the model, as transformers loads it
 
-Learning rates are chosen on the tuning text; the test text is read only to report. Steps are timed by the GPU's clock where there is one.
+Learning rates are chosen on the tuning text; the test text is read only to report. Steps are timed by the GPU's clock, if there is one.
 """
 
 import json
@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvstack import artefact
 from kvstack.attention import DecoderConfig, DecoderForCausalLM
+from kvstack.attention.pooled_cache import PooledCache
 from kvstack.errors import BadInputError
 from kvstack.lab.corpus import Corpus, as_tensor, corpus_facts, judged, places, windows
 from kvstack.lab.optim import MUON, optimizers, schedule
@@ -45,8 +46,8 @@ Report = Callable[[dict[str, Any]], None]
 class PretrainConfig:
     """Architecture, size and run. attention: fields of DecoderConfig, such as {"attention": "lrkv", "rank": 24}.
 
-    lengths: (share of the tokens after which it ends, window). tokens, batch: in tokens. every: steps between looks at the first `looks`
-    windows of the tuning and the test text. matrix_lr: of Muon or AdamW for matrices; other_lr: of AdamW for the rest.
+    lengths: (share of the tokens after which it ends, window). tokens, batch: in tokens. every: steps between looks at the first
+    `looks` windows of the tuning and the test text. matrix_lr: of Muon or AdamW for matrices; other_lr: of AdamW for the rest.
     """
 
     attention: dict[str, Any] = field(default_factory=lambda: {"attention": "mha"})
@@ -60,7 +61,7 @@ class PretrainConfig:
     batch: int = 131_072
     lengths: tuple[tuple[float, int], ...] = ((0.8, 2048), (1.0, 8192))
     optimizer: str = MUON
-    matrix_lr: float = 8e-3
+    matrix_lr: float = 3e-2
     other_lr: float = 3e-3
     warmup: int = 100
     every: int = 50
@@ -139,21 +140,30 @@ def window_losses(text_loss: nn.Module, x: Tensor, tokens: int = 65_536) -> list
     with torch.compiler.set_stance("force_eager"), torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
         out = [text_loss(part, per_window=True) for part in x.split(max(1, tokens // x.shape[1]))]
     text_loss.train(was)
-    return torch.cat(out).tolist()  # type: ignore[no-any-return]
+    return torch.cat(out).tolist()
 
 
 def pretrain(
-    cfg: PretrainConfig, corpus: Corpus, out: Path, world: World, *, resume: bool = False, stop: int | None = None, report: Report = print
+    cfg: PretrainConfig,
+    corpus: Corpus,
+    out: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    stop: int | None = None,
+    report: Report = print,
 ) -> dict[str, Any]:
     """Train and write the folder `out`; returns what `pretrain.json` holds. All processes of the world call it.
 
-    resume: go on from `out/checkpoint.pt` of a run with the same settings. stop: leave after that step, with a checkpoint. report: called
-    with rows of the curve in the first process. Raises BadInputError for batches that do not spread, for a checkpoint of other settings
-    and when the loss is not finite.
+    resume: go on from `out/checkpoint.pt` of a run with the same settings. stop: leave after that step, with a checkpoint. report:
+    called with rows of the curve in the first process. Raises BadInputError for batches that do not spread, for a checkpoint of other
+    settings and when the loss is not finite.
     """
     for _, n in cfg.lengths:
         if not cfg.batch // n or cfg.batch // n % world.size:
-            raise BadInputError(f"{cfg.batch // n} windows of {n} tokens do not spread over {world.size} processes. Give another --batch.")
+            raise BadInputError(
+                f"{cfg.batch // n} windows of {n} tokens do not spread over {world.size} processes. Give another --batch."
+            )
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     device = world.device
@@ -166,12 +176,14 @@ def pretrain(
             layer.compile(dynamic=False)
     text_loss = spread(TextLoss(model, cfg.compile), model.model.layers, cfg.parallel, world)
     opts = optimizers(model, cfg.optimizer, cfg.matrix_lr, cfg.other_lr)
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
+    # losses: of the steps since the last row of the curve.
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": [], "losses": []}
     if resume:
         state = _load_checkpoint(out, cfg, text_loss, opts, world)
     train = as_tensor(corpus.train, device)
     looks = {name: judged(getattr(corpus, name), cfg.lengths[0][1], device, cfg.looks) for name in ("tuning", "test")}
-    began, before, clock, losses = time.monotonic(), state["seconds"], _Clock(device), []
+    began, before, clock = time.monotonic(), state["seconds"], _Clock(device)
+    losses = list(torch.tensor(state["losses"], device=device))
     for step in range(state["step"], min(cfg.steps, stop or cfg.steps)):
         length = cfg.length(step)
         starts = places(cfg.data_seed, step, cfg.batch // length, len(train), length)[world.rank :: world.size]
@@ -181,7 +193,7 @@ def pretrain(
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = text_loss(windows(train, starts, length))
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.numel()), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -202,8 +214,10 @@ def pretrain(
             if world.first:
                 report(row)
     state["seconds"] = before + time.monotonic() - began
+    state["losses"] = world.mean(torch.stack(losses)).tolist() if losses else []
     facts = _facts(cfg, corpus, text_loss, model, state, world)
     _save(out, cfg, text_loss, opts, model, state, facts, world)
+    world.wait()  # none leaves, or reads the folder, before it is written
     return facts
 
 
@@ -222,12 +236,17 @@ def _facts(
 
 
 @torch.no_grad()
-def cache_bytes(cfg: PretrainConfig, tokens: int = 256) -> float:
-    """Measured bytes that a token takes in the cache of a bf16 model of this config, all layers."""
+def cache_bytes(cfg: PretrainConfig, tokens: int = 512) -> float:
+    """Measured bytes that a token adds to the cache of a bf16 model of this config, all layers; windows are full before."""
     model = DecoderForCausalLM(cfg.model()).to(torch.bfloat16).eval()
-    cache = model(torch.full((1, tokens), EOS), use_cache=True).past_key_values
-    held = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    return sum(t.untyped_storage().nbytes() for t in held) / tokens
+
+    def held(n: int) -> int:
+        cache = model(torch.full((1, n), EOS), use_cache=True, logits_to_keep=1).past_key_values
+        if isinstance(cache, PooledCache):
+            return cache.nbytes
+        return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+
+    return (held(2 * tokens) - held(tokens)) / tokens
 
 
 def _settings(cfg: PretrainConfig) -> dict[str, Any]:
@@ -277,7 +296,7 @@ class _Clock:
         if not self.gpu:
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def start(self) -> None:
@@ -294,4 +313,4 @@ class _Clock:
             torch.cuda.synchronize()
         spans = [a.elapsed_time(b) if self.gpu else 1000 * (b - a) for a, b in self.spans]
         self.spans = []
-        return statistics.median(spans)
+        return float(statistics.median(spans))

@@ -43,6 +43,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import kvstack.attention  # noqa: F401 - transformers knows our decoder from then on
+
     local = folder(name)
     looks_like_path = name.startswith((".", "/", "~")) or local.exists()
     where: str | Path = local if looks_like_path else name

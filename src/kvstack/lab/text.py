@@ -23,6 +23,11 @@ PACKAGES = (
     "numpy", "torch", "transformers", "sympy", "scipy", "networkx", "pandas", "matplotlib", "sklearn", "jax", "flax", "optax",
     "statsmodels", "pip", "setuptools", "pygments", "rich", "typer", "hypothesis", "fsspec", "huggingface_hub", "safetensors",
     "mpmath", "jinja2", "yaml", "tqdm", "filelock", "packaging", "regex", "click", "pytest", "triton",
+    "torchvision", "torchaudio", "torch_geometric", "e3nn", "botorch", "gpytorch", "numpyro", "lightning", "pytorch_lightning", "numba",
+    "cupy", "cupyx", "jaxlib", "tensorboard", "PIL", "skimage", "seaborn", "onnx", "onnxruntime", "onnxscript", "orbax", "optimistix",
+    "diffrax", "equinox", "lineax", "timm", "peft", "accelerate", "sentence_transformers", "tokenizers", "aiohttp", "fontTools", "grpc",
+    "h5py", "imageio", "joblib", "llvmlite", "lxml", "mesonbuild", "patsy", "pyarrow", "pyparsing", "sacrebleu", "tensorstore",
+    "xarray", "treescope", "werkzeug", "psutil", "einops", "chex", "absl", "etils", "Cython", "torchmetrics", "vllm",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Train a lab model from scratch: transformers' Qwen3 architecture on the mixture of text and tasks, in minutes on one GPU.
+"""Train a lab model from scratch on the mixture of text and tasks, in minutes on one GPU: transformers' Qwen3, or our own decoder.
 
 The schedule is in wall-clock time, because the machine is what is scarce: lengths grow from 256 to the full context, the learning
 rate warms up, stays, and falls to zero over the last `cooldown` of the time. Weight matrices are trained by Muon, the rest by AdamW.
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from kvstack.attention import DecoderConfig, DecoderForCausalLM
 from kvstack.calibrate import add_forecast, calibrate
 from kvstack.errors import BadInputError
 from kvstack.lab.calibration import LENGTH, calibration_batches
@@ -32,7 +33,8 @@ from kvstack.lab.tokenizer import BOS, EOS, PAD, VOCABULARY, Words, load_tokeniz
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Size of the model and of the run. minutes: wall-clock training time, compilation included."""
+    """Size of the model and of the run. minutes: wall-clock training time, compilation included. attention: None for Qwen3; else fields
+    of DecoderConfig, such as {"attention": "lrkv", "rank": 24}, which replace `kv_heads`."""
 
     width: int = 256
     layers: int = 6
@@ -40,6 +42,7 @@ class TrainConfig:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 128
+    attention: dict[str, Any] | None = None
     context: int = 4096
     rope_theta: float = 100_000.0
     minutes: float = 12.5
@@ -55,23 +58,25 @@ class TrainConfig:
     seed: int = 0
     compile: bool = True
 
-    def model(self) -> Qwen3Config:
-        """The transformers config of this size."""
-        return Qwen3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=self.width,
-            intermediate_size=self.feed_forward,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=self.context,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
+    def model(self) -> Any:
+        """A fresh model of this size."""
+        sizes: dict[str, Any] = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": self.width,
+            "intermediate_size": self.feed_forward,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.context,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "tie_word_embeddings": True,
+            "pad_token_id": PAD,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+        }
+        if self.attention is None:
+            return Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=self.kv_heads))
+        return DecoderForCausalLM(DecoderConfig(**sizes, **self.attention))
 
 
 def small() -> TrainConfig:
@@ -103,7 +108,7 @@ def train_model(
     tokenizer: Path | None = None,
     resume: Path | None = None,
     report: Callable[[dict[str, float]], None] = lambda row: None,
-) -> Qwen3ForCausalLM:
+) -> Any:
     """Train for `cfg.minutes` and write the model folder `out`.
 
     tokenizer: folder of a tokenizer to use instead of training one. resume: the folder of a model to continue from, with its
@@ -120,13 +125,13 @@ def train_model(
     ids = tok.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     text = np.concatenate([np.asarray(e.ids, np.uint16) for e in ids])
     state: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0, "curve": []}
-    model = Qwen3ForCausalLM(cfg.model())
+    model = cfg.model()
     if resume is not None:
-        model = Qwen3ForCausalLM.from_pretrained(resume, dtype=torch.float32)
+        model = type(model).from_pretrained(resume, dtype=torch.float32)
         state = {k: v for k, v in json.loads((resume / "training.json").read_text()).items() if k in state}
     model = model.to(device).train()
     first = state["steps"]
-    opts = optimizers(model, MUON, cfg.muon_lr, cfg.adam_lr)
+    opts = optimizers(model, MUON, cfg.muon_lr, cfg.adam_lr, scale="rms")
     loss_fn = weighted_loss
     if cfg.compile:
         # One layer at a time: every layer shares the same compiled code, and each length costs one compilation.
@@ -171,7 +176,7 @@ def train_model(
 
 
 def _save(
-    model: Qwen3ForCausalLM,
+    model: Any,
     tok: PreTrainedTokenizerFast,
     out: Path,
     cfg: TrainConfig,
@@ -180,7 +185,7 @@ def _save(
     text_tokens: int,
 ) -> None:
     # float16 keeps three more bits of every weight than bfloat16 in the same bytes; no weight is near its limits.
-    half = Qwen3ForCausalLM(model.config).half()
+    half = type(model)(model.config).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     tok.save_pretrained(out)
@@ -192,13 +197,14 @@ def _save(
 
 
 def write_profile(folder: Path) -> None:
-    """Calibrate the lab model in `folder` and write `profile.safetensors` beside it.
+    """Calibrate the lab model in `folder` and write `profile.safetensors` beside it. Raises UnsupportedModelError for LRKV `exact`
+    and MLA.
 
     Statistics are of eight windows of the tuning text. The forecast is trained on that text and on samples of the tasks; a model with a
     shorter context than these has none.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     text, tok, context = tuning_text(), load_tokenizer(folder), model.config.max_position_embeddings
     ids = tok.encode(text, add_special_tokens=False)
     windows = [torch.tensor([[BOS, *ids[i * (context - 1) : (i + 1) * (context - 1)]]]) for i in range(8)]
