@@ -59,6 +59,9 @@ class DecoderModel(_Pretrained, LlamaModel):  # type: ignore[misc]
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        for layer in self.layers:
+            if hasattr(layer.self_attn, "rotary"):
+                layer.self_attn.rotary = self.rotary_emb  # one for all, so that casts of the model reach every one alike
         self.post_init()
 
     def forward(

@@ -51,7 +51,7 @@ class LowRankAttention(nn.Module):
         for up in (self.k_up, self.v_up):
             # `|U_h B_h^T|` a tenth of `|W_s|`, and latents as large as their input (the paper's section 3.4).
             up.init_std = 0.1 / math.sqrt(max(1, self.rank))  # type: ignore[assignment]
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary = LlamaRotaryEmbedding(config)  # a decoder puts its own here
 
     def forward(
         self,
