@@ -11,15 +11,18 @@ from kvstack.kernels import lowrank_reference
 from kvstack.kernels.decode import choose
 from kvstack.kernels.lowrank_reference import Rebuild
 
+HEAD_DIMS = (64, 128, 256)
+
 
 def lowrank_decode(
     q_shared: Tensor, q_residual: Tensor | Rebuild, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Means `[B, H, D]` of the shared values and `[B, H, r]` of every head's own residual latents, both in the type of `q_shared`.
 
-    Arguments are those of `lowrank_reference.attend`, which computes it where there is no Hopper GPU, and for records of 32 bits.
+    Arguments are those of `lowrank_reference.attend`, which computes it where there is no Hopper GPU, and for records of 32 bits and heads
+    that are no size of the kernel.
     """
-    if keys.dtype.itemsize != 2 or choose(q_shared.device).name != "hopper":
+    if keys.dtype.itemsize != 2 or q_shared.shape[-1] not in HEAD_DIMS or choose(q_shared.device).name != "hopper":
         return lowrank_reference.attend(q_shared, q_residual, keys, values, lengths, scale)
     from kvstack.kernels import lowrank_hopper  # needs Triton
 

@@ -77,7 +77,7 @@ def attend(
     (batch, heads, steps, head_dim), (_, slots, width) = q_shared.shape, keys.shape
     exact = isinstance(q_residual, Rebuild)
     rank = q_residual.up.shape[-1] if isinstance(q_residual, Rebuild) else q_residual.shape[-1]
-    assert steps == 1 and width == head_dim + heads * rank and head_dim in (64, 128, 256)
+    assert steps == 1 and width == head_dim + heads * rank
     assert values.shape == keys.shape and values.dtype == keys.dtype and lengths.dtype == torch.int32
     assert keys.stride(1) == values.stride(1) == width and keys.stride(2) == values.stride(2) == 1
     group, columns, padded, places = shape(heads, head_dim, rank, tile)
