@@ -85,6 +85,17 @@ def test_decoding_in_bfloat16_is_as_good_as_the_forward(kind: str, tmp_path: Pat
 
 
 @torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KEYS)
+def test_decoding_on_a_gpu_equals_the_forward(kind: str) -> None:
+    """Where LRKV decodes by its kernel, which is for heads of 64 and 16 bits."""
+    model, x = decoder(kind, hidden_size=256, head_dim=64).to("cuda", torch.float16), tokens(3, 230).cuda()
+    full, cache = model(x).logits, DynamicCache(config=model.config)
+    parts = [model(chunk, past_key_values=cache).logits for chunk in (x[:, :200], *x[:, 200:].split(1, 1))]
+    assert relative(torch.cat(parts, 1).float(), full.float()) < 5e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KEYS)
 def test_left_padding_changes_nothing(kind: str) -> None:
     model, x = decoder(kind), tokens(1, 12)

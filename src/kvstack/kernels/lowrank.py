@@ -19,8 +19,8 @@ def lowrank_decode(
 ) -> tuple[Tensor, Tensor]:
     """Means `[B, H, D]` of the shared values and `[B, H, r]` of every head's own residual latents, both in the type of `q_shared`.
 
-    Arguments are those of `lowrank_reference.attend`, which computes it where there is no Hopper GPU, and for records of 32 bits and heads
-    that are no size of the kernel.
+    Arguments are those of `lowrank_reference.attend`, which computes it where there is no Hopper GPU, for records of 32 bits, and for
+    heads of sizes that the kernel has not.
     """
     if keys.dtype.itemsize != 2 or q_shared.shape[-1] not in HEAD_DIMS or choose(q_shared.device).name != "hopper":
         return lowrank_reference.attend(q_shared, q_residual, keys, values, lengths, scale)
