@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvstack.attention import lowrank_fit as lf
-from kvstack.attention.retrofit import dense, fit_key, fit_mla, fit_value, lost_key, lost_value, pool_key, pool_value
+from kvstack.attention.retrofit import dense, fit_key, fit_mla, fit_value, pool_key, pool_value, svd_key, svd_value
 from kvstack.errors import BadInputError
 from kvstack.rope import Rope
 
@@ -144,8 +144,9 @@ def test_the_gauge_beats_plain_svds_on_scrambled_heads(share: float) -> None:
     d, heads = 192, 12
     c, w_o = torch.diag(1 / torch.arange(1, d + 1)), torch.linalg.qr(gaussian(d, d)).Q
     args = planted(lf.orthogonal).flatten(0, 1), w_o, c, D, round((share * heads * D - D) / heads)
-    gauge, mean, other = fit_value(*args)[0].lost, fit_value(*args, "mean")[0].lost, lost_value(*args)
-    assert other.joint < gauge < min(other.per_head, mean) / 1.5
+    gauge, mean = fit_value(*args)[0].lost, fit_value(*args, "mean")[0].lost
+    joint, per_head = (svd_value(*args, joint)[1] for joint in (True, False))
+    assert joint < gauge < min(per_head, mean) / 1.5
 
 
 def test_a_shared_part_under_low_rank_rests_is_found() -> None:
@@ -170,19 +171,19 @@ def test_phases_find_the_common_key() -> None:
 def test_eckart_young(rank: int) -> None:
     layer, r = Layer(6, 1, 96), rank
     for lost, fits in (
-        (lost_value(*layer.value(r)), [fit_value(*layer.value(r, m))[0].lost for m in METHODS]),  # type: ignore[arg-type]
-        (lost_key(*layer.key(r)), [fit_key(*layer.key(r, m))[0].lost for m in METHODS]),
+        ([svd_value(*layer.value(r), j)[1] for j in (True, False)], [fit_value(*layer.value(r, m))[0].lost for m in METHODS]),  # type: ignore[arg-type]
+        ([svd_key(*layer.key(r), j)[1] for j in (True, False)], [fit_key(*layer.key(r, m))[0].lost for m in METHODS]),
     ):
-        assert lost.joint <= min(lost.per_head, *fits) + 1e-9
+        assert lost[0] <= min(lost[1], *fits) + 1e-9
         assert fits[0] <= fits[1] + 1e-9
-        assert (lost.joint < 1e-9) == (rank == D)
+        assert (lost[0] < 1e-9) == (rank == D)
 
 
 def test_ranks_left_over_go_where_they_serve_most() -> None:
     a = torch.diag_embed(torch.tensor([[4.0, 2, 1], [8, 3, 1]], dtype=torch.float64))
     for width, dropped in ((0, 95), (1, 31), (2, 15), (3, 6), (4, 2), (6, 0), (9, 0)):
-        assert lf.error_per_head(a, width) == pytest.approx(dropped)
-    assert lf.error_joint(a, 1) == pytest.approx(15)  # heads share directions: 16 + 64, 4 + 9, 1 + 1
+        assert lf.energy(a - lf.truncated_heads(a, width)) == pytest.approx(dropped, abs=1e-12)
+    assert lf.energy(a - lf.truncated_together(a, 1)) == pytest.approx(15)  # heads share directions: 16 + 64, 4 + 9, 1 + 1
 
 
 def test_rank_zero_is_the_shared_part_alone() -> None:
@@ -231,7 +232,7 @@ def test_mla(width: int) -> None:
 
 WRONG: dict[str, tuple[Callable[[Layer], Any], str]] = {
     "rank": (lambda x: fit_value(*x.value(D + 1)), "rank cannot be 17. Give a whole number from 0 to 16"),
-    "negative rank": (lambda x: lost_key(*x.key(-1)), "rank cannot be -1"),
+    "negative rank": (lambda x: svd_key(*x.key(-1), True), "rank cannot be -1"),
     "method": (lambda x: fit_key(*x.key(1, "best")), "no method 'best'. Give aligned or mean"),
     "head size": (lambda x: fit_value(x.w_v, x.w_o, x.c, 15, 1), "heads of size 15. Give the weights"),
     "no head size": (lambda x: fit_value(x.w_v, x.w_o, x.c, 0, 1), "heads of size 0. Give the weights"),

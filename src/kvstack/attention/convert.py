@@ -25,8 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from kvstack.attention.config import DecoderConfig
 from kvstack.attention.decoder import DecoderForCausalLM
-from kvstack.attention.lowrank_fit import energy, truncated
-from kvstack.attention.retrofit import Side, fit_key, fit_mla, fit_value, key_side, pool_key, pool_value, value_side
+from kvstack.attention.lowrank_fit import energy
+from kvstack.attention.retrofit import Side, fit_key, fit_mla, fit_value, key_side, pool_key, pool_value, svd_key, svd_value, value_side
 from kvstack.errors import BadInputError, UnsupportedModelError
 
 Progress = Callable[[int], None]
@@ -198,18 +198,26 @@ def _gqa(layer: _Layer, rank: int) -> _New:
     return _New(fields, weights, Cost(2 * kv_heads * layer.head_dim, lost_key, lost_value))
 
 
+def _svd(layer: _Layer, rank: int, joint: bool) -> _New:
+    w_k, lost_key = svd_key(layer.w_k, layer.w_q, layer.c, layer.energies, rank, joint)
+    w_v, lost_value = svd_value(layer.w_v, layer.w_o, layer.c, layer.head_dim, rank, joint)
+    return _dense(layer, w_k, w_v, Cost(min(layer.numbers(rank), 2 * len(layer.w_k)), lost_key, lost_value))
+
+
 def _per_head(layer: _Layer, rank: int) -> _New:
-    return _truncated(layer, rank, _truncated_heads)
+    return _svd(layer, rank, joint=False)
 
 
 def _joint(layer: _Layer, rank: int) -> _New:
-    return _truncated(layer, rank, _truncated_together)
+    return _svd(layer, rank, joint=True)
 
 
 def _mla(layer: _Layer, rank: int) -> _New:
     width = min(layer.numbers(rank), layer.w_k.shape[1])
     fit = fit_mla(layer.w_k, layer.w_v, layer.c, width)
-    return _dense(layer, fit.up_k @ fit.down, fit.up_v @ fit.down, width)
+    w_k, w_v, (key, value) = fit.up_k @ fit.down, fit.up_v @ fit.down, layer.sides()
+    lost = _lost(key, layer.w_k - w_k, layer.c), _lost(value, layer.w_v - w_v, layer.c)
+    return _dense(layer, w_k, w_v, Cost(width, *lost))
 
 
 # Each takes a layer and the rank of LRKV that sets the bytes.
@@ -219,35 +227,8 @@ METHODS: dict[str, Callable[[_Layer, int], _New]] = {
 REFERENCES = ("per-head", "joint", "mla")  # those that come back as MHA
 
 
-def _truncated(layer: _Layer, rank: int, approximate: Callable[[Tensor, int], Tensor]) -> _New:
-    """Keys and values `approximate`d with half the numbers each."""
-    width = min(layer.numbers(rank) // 2, len(layer.w_k))
-    w_k, w_v = ((s.inverse @ approximate(s.a, width) @ s.back).flatten(0, 1).to(s.dtype) for s in layer.sides())
-    return _dense(layer, w_k, w_v, 2 * width)
-
-
-def _truncated_heads(a: Tensor, width: int) -> Tensor:
-    """`a [H, D, N]` after an SVD of each head, of `width` ranks for all: as many each, those left over where they serve most."""
-    each, over = divmod(width, len(a))
-    values, vectors = (x.flip(-1) for x in torch.linalg.eigh(a @ a.mT))
-    ranks = torch.full((len(a), 1), each, device=a.device)
-    if over:
-        ranks[values[:, each].topk(over).indices] += 1
-    kept = vectors * (torch.arange(a.shape[1], device=a.device) < ranks)[:, None]
-    found: Tensor = kept @ kept.mT @ a
-    return found
-
-
-def _truncated_together(a: Tensor, width: int) -> Tensor:
-    """`a [H, D, N]` after one SVD of all heads, of rank `width`."""
-    up, down = truncated(a.flatten(0, 1), width)
-    return (up @ down).view_as(a)
-
-
-def _dense(layer: _Layer, w_k: Tensor, w_v: Tensor, numbers: int) -> _New:
+def _dense(layer: _Layer, w_k: Tensor, w_v: Tensor, cost: Cost) -> _New:
     """MHA with other keys and values; queries and output stay."""
-    key, value = layer.sides()
-    cost = Cost(numbers, _lost(key, layer.w_k - w_k, layer.c), _lost(value, layer.w_v - w_v, layer.c))
     return _New({"attention": "mha"}, {"q_proj": layer.w_q, "k_proj": w_k, "v_proj": w_v, "o_proj": layer.w_o}, cost)
 
 

@@ -91,14 +91,19 @@ def unaligned(a: Tensor, rank: int) -> Fit:
     return Fit(torch.eye(a.shape[1]).to(a).expand(len(a), -1, -1), shared, up, down, [energy(a - shared - up @ down)])
 
 
-def error_per_head(a: Tensor, width: int) -> float:
-    """The squared error of an SVD of each head, at `width` ranks for all: as many each, those left over where they serve most."""
+def truncated_heads(a: Tensor, width: int) -> Tensor:
+    """`a [H, D, N]` after an SVD of each head, of `width` ranks for all: as many each, those left over where they serve most."""
     each, over = divmod(min(width, a.shape[0] * a.shape[1]), len(a))
-    dropped = torch.linalg.eigvalsh(a @ a.mT).flip(-1)[:, each:]
-    return float(dropped.sum() - dropped[:, :1].flatten().topk(over).values.sum())
+    values, vectors = (x.flip(-1) for x in torch.linalg.eigh(a @ a.mT))
+    ranks = torch.full((len(a), 1), each, device=a.device)
+    if over:
+        ranks[values[:, each].topk(over).indices] += 1
+    kept = vectors * (torch.arange(a.shape[1], device=a.device) < ranks)[:, None]
+    found: Tensor = kept @ kept.mT @ a
+    return found
 
 
-def error_joint(a: Tensor, width: int) -> float:
-    """The squared error of one SVD of rank `width` of all heads: no structure with as many numbers a token has less (Eckart-Young)."""
-    x = a.flatten(0, 1)
-    return float(torch.linalg.eigvalsh(x.mT @ x).flip(-1)[width:].sum())
+def truncated_together(a: Tensor, width: int) -> Tensor:
+    """`a [H, D, N]` after one SVD of all heads, of rank `width`: nothing with as many numbers a token loses less (Eckart-Young)."""
+    up, down = truncated(a.flatten(0, 1), width)
+    return (up @ down).view_as(a)

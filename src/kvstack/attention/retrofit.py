@@ -27,11 +27,11 @@ from kvstack.attention.lowrank_fit import (
     Gauge,
     aligned,
     energy,
-    error_joint,
-    error_per_head,
     orthogonal,
     phases,
     truncated,
+    truncated_heads,
+    truncated_together,
     unaligned,
 )
 from kvstack.errors import BadInputError
@@ -60,15 +60,6 @@ class Latent:
     up_k: Tensor
     up_v: Tensor
     lost: float
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Shares that an SVD loses with as many numbers a token as LRKV, D + H r. per_head: an SVD of each head. joint: one SVD of all
-    heads, which nothing of that size can beat."""
-
-    per_head: float
-    joint: float
 
 
 def dense(fit: LowRank) -> Tensor:
@@ -114,14 +105,15 @@ def pool_key(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor, kv_heads: in
     return weight, side.absorbed(turn), lost
 
 
-def lost_value(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int, rank: int) -> Lost:
-    """Of values, in the metric of `fit_value`; errors as there."""
-    return value_side(w_v, w_o, c, head_dim).lost(rank)
+def svd_value(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int, rank: int, joint: bool) -> tuple[Tensor, float]:
+    """A reference: values `[H D, d]` after an SVD of each head, or of all heads together, with as many numbers a token as LRKV of
+    `rank`, D + H r; and the lost share. Errors as `fit_value`."""
+    return value_side(w_v, w_o, c, head_dim).svd(rank, joint)
 
 
-def lost_key(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor, rank: int) -> Lost:
-    """Of keys, in the metric of `fit_key`; errors as there."""
-    return key_side(w_k, w_q, c, energies).lost(rank)
+def svd_key(w_k: Tensor, w_q: Tensor, c: Tensor, energies: Tensor, rank: int, joint: bool) -> tuple[Tensor, float]:
+    """A reference: keys `[H D, d]`, and the lost share; as `svd_value`."""
+    return key_side(w_k, w_q, c, energies).svd(rank, joint)
 
 
 def fit_mla(w_k: Tensor, w_v: Tensor, c: Tensor, width: int) -> Latent:
@@ -188,12 +180,13 @@ class Side:
         """The partner `[Hq D, d]` behind heads T_h L_h k_h: T_h L_h^-1 of what it was, for T_h^-T = T_h and L_h is symmetric."""
         return ((turn @ self.inverse)[:, None] @ self.partner).flatten(0, 2).to(self.dtype)
 
-    def lost(self, rank: int) -> Lost:
-        """What SVDs of as many numbers lose. Raises BadInputError for a rank out of range."""
+    def svd(self, rank: int, joint: bool) -> tuple[Tensor, float]:
+        """Weight `[H D, d]` and lost share of an SVD of all heads or of each. Raises BadInputError for a rank out of range."""
         heads, head_dim, _ = self.a.shape
         _whole("rank", rank, 0, head_dim)
-        width, total = head_dim + heads * rank, energy(self.a)
-        return Lost(error_per_head(self.a, width) / total, error_joint(self.a, width) / total)
+        found = (truncated_together if joint else truncated_heads)(self.a, head_dim + heads * rank)
+        weight = (self.inverse @ found @ self.back).flatten(0, 1)
+        return weight.to(self.dtype), energy(self.a - found) / energy(self.a)
 
 
 def value_side(w_v: Tensor, w_o: Tensor, c: Tensor, head_dim: int) -> Side:
