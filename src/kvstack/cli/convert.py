@@ -6,7 +6,6 @@ structure's rank: their cache is as large as it was, and only their loss counts.
 increases are paired over the windows. Conversion and distillation are the business of `attention.convert` and `lab.distil`.
 """
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +25,7 @@ from kvstack.errors import BadInputError
 from kvstack.eval import metrics
 from kvstack.lab.corpus import Corpus, as_tensor, judged, load_corpus, places, windows
 from kvstack.lab.distil import DistilConfig, distil
-from kvstack.lab.pretrain import TextLoss, window_losses
+from kvstack.lab.pretrain import TextLoss, cache_bytes, window_losses
 from kvstack.lab.registry import folder, load
 
 EXAMPLES = """
@@ -131,17 +130,9 @@ def _row(method: str, rank: int, model: Any, costs: list[Cost], full: int, test:
     """A method's row but for its loss; full: the numbers of the model that came in."""
     return {
         "method": method, "rank": rank, "reference": method in REFERENCES, "cache_ratio": costs[0].numbers / full,
-        "cache_bytes_per_token": _cache_bytes(model, test[:1]), "windows": len(test), "length": test.shape[1] - 1,
+        "cache_bytes_per_token": cache_bytes(model), "windows": len(test), "length": test.shape[1] - 1,
         "lost_key": metrics.mean([c.key for c in costs]).mean, "lost_value": metrics.mean([c.value for c in costs]).mean,
     }  # fmt: skip
-
-
-@torch.inference_mode()
-def _cache_bytes(model: Any, x: Tensor) -> float:
-    """Measured bytes that a token of `x [1, T]` takes in the cache of this model in bf16."""
-    layers = deepcopy(model).bfloat16()(input_ids=x, use_cache=True, logits_to_keep=1).past_key_values.layers
-    held = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    return sum(t.untyped_storage().nbytes() for t in held) / x.shape[1]
 
 
 def _loss(when: str, losses: list[float], before: list[float]) -> Row:

@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,18 +231,19 @@ def _facts(
         lengths = sorted({n for _, n in cfg.lengths} | {cfg.lengths[-1][1] // 2})
         found["test_losses"] = {n: window_losses(text_loss, judged(corpus.test, n, world.device)) for n in lengths}
         found["tuning_loss"] = state["curve"][-1]["tuning"]
-    found["parameters"] = sum(p.numel() for p in DecoderForCausalLM(cfg.model()).parameters())
-    found["cache_bytes_per_token"] = cache_bytes(cfg)
+    fresh = DecoderForCausalLM(cfg.model())  # whole, however the trained one is spread
+    found |= {"parameters": fresh.num_parameters(), "cache_bytes_per_token": cache_bytes(fresh)}
     return found
 
 
-@torch.no_grad()
-def cache_bytes(cfg: PretrainConfig, tokens: int = 512) -> float:
-    """Measured bytes that a token adds to the cache of a bf16 model of this config, all layers; windows are full before."""
-    model = DecoderForCausalLM(cfg.model()).to(torch.bfloat16).eval()
+@torch.inference_mode()
+def cache_bytes(model: Any, tokens: int = 128) -> float:
+    """Measured bytes that a token adds to the cache of `model` in bf16, all layers; windows are full before."""
+    model = deepcopy(model).bfloat16().eval()
 
     def held(n: int) -> int:
-        cache = model(torch.full((1, n), EOS), use_cache=True, logits_to_keep=1).past_key_values
+        ids = torch.full((1, n), EOS, device=model.device)
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
         if isinstance(cache, PooledCache):
             return cache.nbytes
         return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
