@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvstack.attention import DecoderConfig, DecoderForCausalLM
+from kvstack.attention import DecoderConfig, DecoderForCausalLM, lowrank
 from kvstack.attention.config import KINDS
 from kvstack.errors import BadInputError
 
@@ -69,6 +69,18 @@ def test_decoding_equals_the_forward(kind: str) -> None:
     for chunk in (x[:, 20:27], *x[:, 27:].split(1, 1)):
         parts.append(model(chunk, past_key_values=cache).logits)
     assert relative(torch.cat(parts, 1), full) < (1e-6 if kind in KEYS else 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lrkv-exact", "lrkv-nope", "factorised"])
+def test_what_the_kernel_is_given(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps as a Hopper GPU takes them, with the kernel's twin in its place."""
+    model, x = decoder(kind), tokens(2, 40)
+    full, cache = model(x).logits, DynamicCache(config=model.config)
+    model(x[:, :30], past_key_values=cache)
+    monkeypatch.setattr(lowrank, "has_kernel", lambda q, keys: True)
+    parts = [model(i, past_key_values=cache).logits for i in x[:, 30:].split(1, 1)]
+    assert relative(torch.cat(parts, 1), full[:, 30:]) < 1e-6
 
 
 @torch.no_grad()

@@ -124,9 +124,9 @@ def test_scorers_judge_latents(recipe: str) -> None:
 
 
 def test_selection_over_rebuilt_keys_is_refused() -> None:
-    model = decoder(attention="lrkv", rank=12, variant="exact")
-    with pytest.raises(UnsupportedModelError, match="selection"):
-        model(tokens(1, 8), past_key_values=Cache(model, "knorm(24)"))
+    for fields in ({"rank": 12, "attention": "lrkv"}, {"attention": "mla", "latent_dim": 32, "rope_dim": 16}):
+        with pytest.raises(UnsupportedModelError, match="Use no selection"):
+            Cache(decoder(**fields), "knorm(24)")
 
 
 def test_pooled_entries_are_refused() -> None:

@@ -190,7 +190,7 @@ def test_pictures_show_every_arm_and_the_best_of_every_kind(runs: list[dict[str,
     (ax,) = cache_figure(rows, "title").axes
     assert {t.get_text() for t in ax.texts} == set(LOSS)
     tokens, seconds = curve_figure(rows, curves, "title").axes
-    assert (tokens.get_xlabel(), seconds.get_xlabel()) == ("tokens", "seconds")
+    assert (tokens.get_xlabel(), seconds.get_xlabel()) == ("tokens trained on", "seconds, with looks and compilation")
     assert len(tokens.lines) == 11 and [t.get_text() for t in seconds.get_legend().get_texts()] == [r["arm"] for r in rows[:10:2]]
     assert list(tokens.lines[0].get_xdata()) == [1000, 2000, 3000, 4000] and list(seconds.lines[0].get_xdata()) == [2, 4, 6, 8]
     best = run_rows([facts("mha"), facts("lrkv(rank=24)"), facts("lrkv(rank=4, variant=nope)")])

@@ -366,7 +366,7 @@ KERNELS = {
     "linear on Hopper, 8 bits of 64": linear_hopper_kernel(8, 64, True),
     "linear on Hopper, 16 bits of 128": linear_hopper_kernel(16, 128, False),
     **{f"low rank of {rank}": lowrank_kernel(rank, lowrank_hopper.NOPE, False) for rank in (56, 60, 64)},
-    **{f"low rank of 60, exact, {name}": lowrank_kernel(60, tile, True) for name, tile in lowrank_hopper.CANDIDATES.items()},
+    "low rank of 60, exact": lowrank_kernel(60, lowrank_hopper.EXACT, True),
     "low rank of 64, exact, heads of 256": lowrank_kernel(64, lowrank_hopper.EXACT, True, 256),
     "top, 4 query heads": top_kernel(4, *top.SHORT),
     "top, 16 query heads": top_kernel(16, *top.SHORT, targets=one("sm_90")),

@@ -10,7 +10,7 @@ from truth import error
 
 from kvstack.kernels import lowrank_hopper, lowrank_reference
 from kvstack.kernels.lowrank import lowrank_decode
-from kvstack.kernels.lowrank_hopper import CANDIDATES, EXACT, LEAST, NOPE, ROWS, Tile, shape, splits
+from kvstack.kernels.lowrank_hopper import EXACT, LEAST, NOPE, ROWS, Tile, shape, splits
 from kvstack.kernels.lowrank_reference import Rebuild
 from kvstack.rope import Rope
 
@@ -95,8 +95,9 @@ def test_heads_and_ranks(heads: int, head_dim: int, rank: int, variant: str, dty
     check(Case(variant, (70, 1), heads, head_dim, rank, dtype), BEST[variant])
 
 
-@pytest.mark.parametrize(("variant", "tile"), [("nope", NOPE), *(("exact", t) for t in CANDIDATES.values())])
-def test_every_tile(variant: str, tile: Tile) -> None:
+@pytest.mark.parametrize("tile", [NOPE, EXACT, Tile(tokens=16, columns=128, warps=4, stages=3, resident=2)])
+@pytest.mark.parametrize("variant", BEST)
+def test_any_tile(variant: str, tile: Tile) -> None:
     case = Case(variant, (130, 32, 65), 8, 64, 30, torch.float16)
     check(case, tile)
     assert error(case.out(lowrank_hopper.attend(*case.args, tile)), case.want) < 3e-3
@@ -157,7 +158,7 @@ def test_the_device_and_the_type_choose(variant: str) -> None:
 @pytest.mark.parametrize("heads", [1, 6, 7, 12, 18, 32, 40])
 @pytest.mark.parametrize("rank", [1, 24, 51, 60, 64, 100])
 def test_groups_divide_heads_and_fit_a_tile(heads: int, rank: int) -> None:
-    for head_dim, tile in itertools.product((64, 128, 256), (NOPE, *CANDIDATES.values())):
+    for head_dim, tile in itertools.product((64, 128, 256), (NOPE, EXACT)):
         group, columns, padded, places = shape(heads, head_dim, rank, tile)
         most = tile.columns // max(1, head_dim // 128)
         assert heads % group == 0 and group <= ROWS and group * rank <= columns and (columns <= most or group == 1)

@@ -114,6 +114,21 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(optimizer: str, tmp_path: Pa
     assert untimed(run(parts, cfg, resume=True)) == facts, "nothing is left to do"
 
 
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    cfg = replace(CONFIG, save=3)  # not where it looks
+    facts = untimed(run(tmp_path / "whole", cfg))
+
+    def die(row: dict[str, Any]) -> None:
+        if row["step"] >= 2 * cfg.every:
+            raise KeyboardInterrupt
+
+    (tmp_path / "killed").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cfg, CORPUS, tmp_path / "killed", World(0, 1, CPU), report=die)
+    assert not (tmp_path / "killed" / "pretrain.json").exists()
+    assert untimed(run(tmp_path / "killed", cfg, resume=True)) == facts
+
+
 def test_seeds_do_what_their_names_say(tmp_path: Path) -> None:
     first, again, other_data, other_weights = (
         run(tmp_path, replace(CONFIG, tokens=512, **seeds)) for seeds in ({}, {}, {"data_seed": 1}, {"seed": 1})

@@ -6,7 +6,8 @@ Logits of several parts of a record add up to those of one softmax, and the mean
 
     logits [B, H, T, N] float32         mask: what transformers gives its SDPA attention: None (causal), bool or additive, [B, 1, T, N]
 
-It is the reference of `kernels.lowrank` and the way of short chunks. It does not project; that is the business of each attention.
+It is the way of short chunks, and of steps that no kernel serves (`kernels.lowrank`). It does not project; that is the business of each
+attention.
 """
 
 import torch

@@ -8,13 +8,12 @@
 It holds no defaults for sizes of a trained model; those are in `kvstack.lab`.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import LlamaConfig
 
 from kvstack.errors import BadInputError
 
-Attention = Literal["mha", "gqa", "mqa", "mla", "lrkv", "csa", "hca"]
 KINDS: tuple[str, ...] = ("mha", "gqa", "mqa", "mla", "lrkv", "csa", "hca")
 VARIANTS = ("exact", "nope")
 
@@ -68,6 +67,11 @@ class DecoderConfig(LlamaConfig):  # type: ignore[misc]
     def record_dim(self) -> int:
         """Size of what is cached as the key of one head: of LRKV a record, else a head."""
         return int(self.head_dim + (self.num_attention_heads * self.rank if self.attention == "lrkv" else 0))
+
+    @property
+    def rebuilds_keys(self) -> bool:
+        """Whether logits are more than products of a query and what is cached as a key; no scorer and no kernel of keys serves then."""
+        return self.attention == "mla" or (self.attention == "lrkv" and self.variant == "exact")
 
     @property
     def cache_numbers(self) -> float:

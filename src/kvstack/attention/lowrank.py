@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from kvstack.attention import absorbed
 from kvstack.attention.config import DecoderConfig
 from kvstack.errors import UnsupportedModelError
-from kvstack.kernels.lowrank import lowrank_decode
+from kvstack.kernels.lowrank import has_kernel, lowrank_decode
 from kvstack.kernels.lowrank_reference import Rebuild
 from kvstack.kernels.reference import Places
 
@@ -75,18 +75,23 @@ class LowRankAttention(nn.Module):
                 return self._stored(query, turned, keys, values, attention_mask, **kwargs), None
             if keys.shape[2] > t:
                 return self._read(query, turned, keys, values, attention_mask), None
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if self.config.variant == "exact":
             k, v = (self._expanded(x, up) for x, up in ((key, self.k_up), (value, self.v_up)))
             k, _ = apply_rotary_pos_emb(k, k[:, :0], *position_embeddings)
-            out, _ = attend(self, turned, k, v, attention_mask, scaling=self.scaling, **kwargs)
+            out, _ = self._attend(self, turned, k, v, attention_mask, scaling=self.scaling, **kwargs)
             return self.o_proj(out.reshape(b, t, -1)), None
         q = torch.cat((turned, self._into_latents(query)), -1)
         k = torch.cat((shared.expand(-1, self.heads, -1, -1), self._residual(key)), -1)
         v = torch.cat((value[:, None, :, : self.head_dim].expand(-1, self.heads, -1, -1), self._residual(value)), -1)
         q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))  # fast attention wants multiples of eight
-        out, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        out, _ = self._attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
         return self._out(*out.split((self.head_dim, self.rank, out.shape[-1] - self.head_dim - self.rank), -1)[:2]), None
+
+    @property
+    def _attend(self) -> Callable[..., Any]:
+        """The attention function that the model is set to; looked up here, where tools that watch a model expect it."""
+        found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return found
 
     def _heads(self, up: nn.Linear) -> Tensor:
         return up.weight.view(self.heads, self.head_dim, self.rank)
@@ -129,7 +134,7 @@ class LowRankAttention(nn.Module):
     def _read(self, query: Tensor, turned: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """The layer's output over cached records `[B, 1, N, W]`, of which the last T are the queries' own."""
         slots = torch.arange(keys.shape[2], device=keys.device)[None]  # consecutive, padding aside, which nobody sees
-        if query.shape[2] == 1 and mask is None and self.rank:
+        if query.shape[2] == 1 and mask is None and self.rank and has_kernel(turned, keys):
             lengths = torch.full((len(keys),), keys.shape[2], dtype=torch.int32, device=keys.device)
             latent = self._rebuild(slots, lengths) if self.config.variant == "exact" else self._into_latents(query)[:, :, 0]
             mean = lowrank_decode(turned, latent, keys[:, 0], values[:, 0], lengths, self.scaling)
@@ -150,12 +155,11 @@ class LowRankAttention(nn.Module):
 
         nope is MQA over records, for every kernel and scorer: each head's query has zeros for the others' latents.
         """
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if self.config.variant == "exact":
             q, kwargs = torch.cat((turned, query), -1), kwargs | {"record_logits": self.record_logits}
         else:
             q = torch.cat((turned, self._placed(self._into_latents(query))), -1)
-        out, _ = attend(self, q, keys, values, mask, scaling=self.scaling, **kwargs)
+        out, _ = self._attend(self, q, keys, values, mask, scaling=self.scaling, **kwargs)
         own = torch.arange(self.heads, device=out.device)
         residual = out[..., self.head_dim :].unflatten(-1, (self.heads, self.rank))[:, :, own, own]
         return self._out(out[..., : self.head_dim], residual)

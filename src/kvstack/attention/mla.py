@@ -63,10 +63,15 @@ class LatentAttention(nn.Module):
                 return self._read(query, turned, keys, latents, attention_mask, **kwargs), None
         k, v = (up(latent).view(b, t, self.heads, self.head_dim).transpose(1, 2) for up in (self.k_up, self.v_up))
         q, k = torch.cat((query, turned), -1), torch.cat((k, key.expand(-1, self.heads, -1, -1)), -1)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         # Fast attention wants values as wide as keys.
-        out, _ = attend(self, q, k, F.pad(v, (0, self.rope_dim)), attention_mask, scaling=self.scaling, **kwargs)
+        out, _ = self._attend(self, q, k, F.pad(v, (0, self.rope_dim)), attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(out[..., : self.head_dim].reshape(b, t, -1)), None
+
+    @property
+    def _attend(self) -> Callable[..., Any]:
+        """The attention function that the model is set to; looked up here, where tools that watch a model expect it."""
+        found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return found
 
     def record_logits(self, q: Tensor, key: Tensor, value: Tensor, places: Places | None) -> Tensor:
         """Logits `[B, H, T, N]` of `q [B, H, T, latent_dim + rope_dim]`, before scale; see `kernels.reference.RecordLogits`."""
@@ -83,9 +88,6 @@ class LatentAttention(nn.Module):
             logits = self.record_logits(q, keys, latents, None)
             mean = absorbed.softmax(logits.float() * self.scaling, mask).to(latents.dtype) @ latents
         else:
-            attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            mean, _ = attend(self, q, keys, latents, mask, scaling=self.scaling, record_logits=self.record_logits, **kwargs)
+            mean, _ = self._attend(self, q, keys, latents, mask, scaling=self.scaling, record_logits=self.record_logits, **kwargs)
             mean = mean.transpose(1, 2)
         return self.o_proj(torch.einsum("bhtc,hdc->bthd", mean, v_up).flatten(2))  # type: ignore[no-any-return]

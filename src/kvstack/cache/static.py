@@ -19,7 +19,6 @@ from torch import Tensor
 from kvstack.cache.store import build_codecs, exact_dtype
 from kvstack.codecs.base import Context
 from kvstack.codecs.exact import ExactCodec
-from kvstack.errors import UnsupportedModelError
 from kvstack.kernels.append import append
 from kvstack.kernels.codes import page_format
 from kvstack.kernels.compact import compact
@@ -134,12 +133,8 @@ class StaticStore:
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, sink: Tensor | None = None) -> Tensor:
-        """Store `k, v [b, H, n, D]` and return the attention `[b, Hq, n, D]` of `q`: a step of all rows, or prompts of `filling`.
-
-        Raises UnsupportedModelError for attention whose keys must be rebuilt.
-        """
-        if shape.logits is not None:
-            raise UnsupportedModelError("kvstack.generate does not rebuild keys of latents. Use kvstack.Cache with model.generate.")
+        """Store `k, v [b, H, n, D]` and return the attention `[b, Hq, n, D]` of `q`: a step of all rows, or prompts of `filling`."""
+        assert shape.logits is None, "keys are not rebuilt here"
         self.scale = shape.scale
         return self._step(q, k, v, shape, sink) if self.steps.filling is None else self._fill(q, k, v, shape, sink, self.steps.filling)
 

@@ -118,8 +118,7 @@ class LayerStore:
             counts, ranks = valid.cpu().sum(1), before[:, None] + valid.cpu().cumsum(1) - 1
             k, v, new_q = (_left_aligned(x, valid) for x in (k, v, q))
         chooser = self.chooser
-        if chooser is not None and shape.logits is not None:
-            raise UnsupportedModelError("This attention rebuilds keys by their place, and evictions leave gaps. Use no selection.")
+        assert chooser is None or shape.logits is None, "evictions leave gaps, and places must be known"
         if chooser is not None:
             _check_call(chooser, t, prefill, sink)
             chooser.check(counts, t, self.recipe.window)

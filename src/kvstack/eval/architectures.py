@@ -259,7 +259,8 @@ def curve_figure(rows: Sequence[Row], curves: Sequence[Row], title: str) -> Any:
         for _, name, row in best.values():
             for i, held in enumerate(c["curve"] for c in curves if c["arm"] == name):
                 ax.plot(held[column], held["test"], color=_colour(row), linewidth=1.2, label=None if i else name)
-        ax.set_xlabel(column)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 100 else f"{x:g}")
+        ax.set_xlabel({"tokens": "tokens trained on", "seconds": "seconds, with looks and compilation"}[column])
         ax.grid(alpha=0.25)
     # What happens in the first fifth is the same everywhere, and would flatten the rest.
     late = [loss for c in curves for loss in c["curve"]["test"][len(c["curve"]["test"]) // 5 :]]

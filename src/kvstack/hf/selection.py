@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstack.codecs.base import Context
-from kvstack.errors import RecipeError
+from kvstack.errors import RecipeError, UnsupportedModelError
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
 from kvstack.rope import Rope, rope_of
@@ -50,11 +50,18 @@ class Known:
 def known(model: Any, recipe: Recipe, profile: Profile | None) -> Known | None:
     """What the recipe's selection must know; None when it has none.
 
-    Raises RecipeError when the profile lacks something of it, UnsupportedModelError when the model's RoPE cannot be followed.
+    Raises RecipeError when the profile lacks something of it, UnsupportedModelError when the model's RoPE cannot be followed
+    and when it has no keys to judge.
     """
     selection = recipe.selection
     if selection is None:
         return None
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "rebuilds_keys", False):
+        raise UnsupportedModelError(
+            f"This {config.attention} attention rebuilds keys by their place, and a selection leaves gaps. "
+            "Use no selection, or LRKV `nope`."
+        )
     calibrated = [name for name in selection.needs if name in _HELD]
     for name in calibrated:
         tensor, option = _HELD[name]
@@ -63,5 +70,4 @@ def known(model: Any, recipe: Recipe, profile: Profile | None) -> Known | None:
                 f"This selection needs {name} of the model. Make a profile with `kvstack calibrate MODEL{option} -o DIR`, and give it "
                 "as `profile`."
             )
-    config = model.config.get_text_config(decoder=True)
     return Known(selection, profile, rope_of(model) if calibrated else None, config.num_attention_heads)

@@ -80,6 +80,11 @@ class StaticCache(transformers.Cache):  # type: ignore[misc]
         if profile is not None:
             profile.check(model)
         config = model.config.get_text_config(decoder=True)
+        if getattr(config, "rebuilds_keys", False):
+            raise UnsupportedModelError(
+                f"kvstack.generate does not rebuild the keys of {config.attention}. "
+                "Use kvstack.Cache with model.generate, or LRKV `nope`."
+            )
         plain = DynamicCache(config=config).layers
         if any(layer.is_sliding for layer in plain):
             raise UnsupportedModelError(

@@ -14,15 +14,19 @@ from kvstack.kernels.lowrank_reference import Rebuild
 HEAD_DIMS = (64, 128, 256)
 
 
+def has_kernel(q_shared: Tensor, keys: Tensor) -> bool:
+    """Whether a kernel serves queries `[B, H, 1, D]` over such records: 16 bits, a Hopper GPU, and a size of heads that it has."""
+    return keys.dtype.itemsize == 2 and q_shared.shape[-1] in HEAD_DIMS and choose(q_shared.device).name == "hopper"
+
+
 def lowrank_decode(
     q_shared: Tensor, q_residual: Tensor | Rebuild, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Means `[B, H, D]` of the shared values and `[B, H, r]` of every head's own residual latents, both in the type of `q_shared`.
 
-    Arguments are those of `lowrank_reference.attend`, which computes it where there is no Hopper GPU, for records of 32 bits, and for
-    heads of sizes that the kernel has not.
+    Arguments are those of `lowrank_reference.attend`, which computes it where there is no kernel (`has_kernel`).
     """
-    if keys.dtype.itemsize != 2 or q_shared.shape[-1] not in HEAD_DIMS or choose(q_shared.device).name != "hopper":
+    if not has_kernel(q_shared, keys):
         return lowrank_reference.attend(q_shared, q_residual, keys, values, lengths, scale)
     from kvstack.kernels import lowrank_hopper  # needs Triton
 

@@ -1,14 +1,14 @@
 """The corpus as token ids: what `lab.text` finds on this machine, through the tokenizer of the bundled model, in one array.
 
-On disk it is a `.npy` file of uint16, and beside it a `.json` with the tokens, files, bytes and the digest of the text. Batches are
-windows at places that the seed and the number of the step decide, and nothing else: a resumed run, another number of processes and
-another architecture see the same tokens in the same order. Documents follow each other with the tokenizer's end mark between them.
+On disk it is one `.npz` file: tokens of the three texts as uint16, and facts as JSON, the digest of the training tokens among them.
+Batches are windows at places that the seed and the number of the step decide, and nothing else: a resumed run, another number of
+processes and another architecture see the same tokens in the same order. Documents have the tokenizer's end mark between them.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -60,7 +60,7 @@ def make_corpus(max_bytes: int, progress: Callable[[float], None] = lambda share
 
 def save_corpus(corpus: Corpus, path: Path) -> None:
     """Write `path` (.npz). Raises ArtefactError when that cannot be done."""
-    facts = {k: v for k, v in asdict(corpus).items() if isinstance(v, str | float)}
+    facts = {"digest": corpus.digest, "bytes_per_token": corpus.bytes_per_token}
     with artefact.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, train=corpus.train, tuning=corpus.tuning, test=corpus.test, facts=np.array(json.dumps(facts)))
 

@@ -4,7 +4,7 @@ Every run of one `data_seed` sees the same tokens in the same order, whatever it
 learning rate warms up and follows a cosine down to a twentieth; the last part of the tokens comes in long windows. A run writes into
 its folder
 
-    checkpoint.pt     weights, optimisers, step: `resume` goes on from there
+    checkpoint.pt     weights, optimisers, step: `resume` goes on from there; written every `save` steps and at the end
     pretrain.json     settings, facts, the curve, and the loss of every window of the test text
     config.json ...   the model, as transformers loads it
 
@@ -48,7 +48,8 @@ class PretrainConfig:
     """Architecture, size and run. attention: fields of DecoderConfig, such as {"attention": "lrkv", "rank": 24}.
 
     lengths: (share of the tokens after which it ends, window). tokens, batch: in tokens. every: steps between looks at the first
-    `looks` windows of the tuning and the test text. matrix_lr: of Muon or AdamW for matrices; other_lr: of AdamW for the rest.
+    `looks` windows of the tuning and the test text. save: steps between checkpoints. matrix_lr: of Muon or AdamW for matrices;
+    other_lr: of AdamW for the rest.
     """
 
     attention: dict[str, Any] = field(default_factory=lambda: {"attention": "mha"})
@@ -67,6 +68,7 @@ class PretrainConfig:
     warmup: int = 100
     every: int = 50
     looks: int = 64
+    save: int = 500
     seed: int = 0
     data_seed: int = 0
     compile: bool = True
@@ -214,23 +216,23 @@ def pretrain(
             state["curve"].append(row)
             if world.first:
                 report(row)
-    state["seconds"] = before + time.monotonic() - began
-    state["losses"] = world.mean(torch.stack(losses)).tolist() if losses else []
-    facts = _facts(cfg, corpus, text_loss, model, state, world)
-    _save(out, cfg, text_loss, opts, model, state, facts, world)
+        state["seconds"] = before + time.monotonic() - began
+        if state["step"] % cfg.save == 0 and state["step"] < cfg.steps:
+            _checkpoint(out, cfg, text_loss, opts, state, losses, world)
+    weights = _checkpoint(out, cfg, text_loss, opts, state, losses, world)
+    facts = _facts(cfg, corpus, text_loss, state, world)
+    if world.first:
+        _export(out, model.config, weights, facts)
     world.wait()  # none leaves, or reads the folder, before it is written
     return facts
 
 
-def _facts(
-    cfg: PretrainConfig, corpus: Corpus, text_loss: nn.Module, model: DecoderForCausalLM, state: dict[str, Any], world: World
-) -> dict[str, Any]:
+def _facts(cfg: PretrainConfig, corpus: Corpus, text_loss: nn.Module, state: dict[str, Any], world: World) -> dict[str, Any]:
     """What `pretrain.json` holds."""
     found: dict[str, Any] = {"config": asdict(cfg), "corpus": corpus_facts(corpus), "processes": world.size, **state}
     if state["step"] == cfg.steps:
         lengths = sorted({n for _, n in cfg.lengths} | {cfg.lengths[-1][1] // 2})
         found["test_losses"] = {n: window_losses(text_loss, judged(corpus.test, n, world.device)) for n in lengths}
-        found["tuning_loss"] = state["curve"][-1]["tuning"]
     fresh = DecoderForCausalLM(cfg.model())  # whole, however the trained one is spread
     found |= {"parameters": fresh.num_parameters(), "cache_bytes_per_token": cache_bytes(fresh)}
     return found
@@ -252,22 +254,29 @@ def cache_bytes(model: Any, tokens: int = 128) -> float:
 
 
 def _settings(cfg: PretrainConfig) -> dict[str, Any]:
-    """What two parts of one run must share: all but how the work is spread."""
-    return {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in ("parallel", "compile", "checkpointing")}
+    """What two parts of one run must share: all but how the work is spread and saved."""
+    own = ("parallel", "compile", "checkpointing", "save")
+    return {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in own}
 
 
-def _save(
-    out: Path, cfg: PretrainConfig, text_loss: nn.Module, opts: list[torch.optim.Optimizer], model: DecoderForCausalLM,
-    state: dict[str, Any], facts: dict[str, Any], world: World,
-) -> None:  # fmt: skip
-    held = gather_state(text_loss, opts)  # all processes take part
-    if not world.first:
-        return
-    with artefact.replacing(out / CHECKPOINT) as temporary:
-        torch.save({"settings": _settings(cfg), "state": state, **held}, temporary)
+def _checkpoint(
+    out: Path, cfg: PretrainConfig, text_loss: nn.Module, opts: list[torch.optim.Optimizer], state: dict[str, Any],
+    losses: list[Tensor], world: World,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Write the checkpoint; all processes take part, and the first gets the weights of `text_loss`, whole."""
+    state["losses"] = world.mean(torch.stack(losses)).tolist() if losses else []
+    held = gather_state(text_loss, opts)
+    if world.first:
+        with artefact.replacing(out / CHECKPOINT) as temporary:
+            torch.save({"settings": _settings(cfg), "state": state, **held}, temporary)
+    return held["model"]  # type: ignore[no-any-return]
+
+
+def _export(out: Path, config: DecoderConfig, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write the model for transformers, and the facts."""
     # float16 keeps three more bits of every weight than bfloat16 in the same bytes; no weight is near its limits.
-    half = DecoderForCausalLM(model.config).half()
-    half.load_state_dict({k.removeprefix("model."): v for k, v in held["model"].items()})
+    half = DecoderForCausalLM(config).half()
+    half.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
     half.save_pretrained(out)
     load_tokenizer(bundled_model()).save_pretrained(out)
     with artefact.replacing(out / FACTS) as temporary:
@@ -292,7 +301,8 @@ class _Clock:
     """Milliseconds of steps, by the GPU's events or the CPU's clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.gpu, self.spans = device.type == "cuda", []  # type: tuple[bool, list[Any]]
+        self.gpu = device.type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
 
     def _now(self) -> Any:
         if not self.gpu:
