@@ -102,12 +102,12 @@ def test_codecs_store_latents(kind: str, recipe: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["tri(24, interval=8)", "keydiff(24, interval=8)", "h2o(24, interval=8)"])
-def test_scorers_judge_latents(recipe: str) -> None:
+@pytest.mark.parametrize("scorer", ["tri", "keydiff", "h2o", "streaming", "knorm", "snapkv", "rkv", "expected", "random"])
+def test_scorers_judge_latents(scorer: str) -> None:
     """After evictions a step is what it is over the records that are left."""
     model = decoder(attention="lrkv", rank=12, variant="nope")
-    profile = calibrate(model, [tokens(2, 60, seed=1)])
-    cache, x = Cache(model, recipe, profile=profile, prefill="strict"), tokens(2, 60)
+    profile = calibrate(model, [tokens(2, 60, seed=1)], covariance=True)
+    cache, x = Cache(model, f"{scorer}(24, interval=8)", profile=profile, prefill="strict"), tokens(2, 60)
     for chunk in x.split(4, 1):
         model(chunk, past_key_values=cache)
     stores = [layer.store for layer in cache.layers]
