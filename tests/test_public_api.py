@@ -44,8 +44,8 @@ OPTIONS = {
     "doctor": ["as_json"],
     "corpus": ["out", "max_bytes"],
     "pretrain": [
-        "out", "attention", "corpus_file", "tokens", "batch", "optimizer", "matrix_lr", "other_lr", "seed", "data_seed", "parallel",
-        "checkpointing", "resume", "stop", "small_run",
+        "out", "attention", "corpus_file", "tokens", "batch", "optimizer", "matrix_lr", "other_lr", "per_head", "seed", "data_seed",
+        "parallel", "checkpointing", "resume", "stop", "small_run",
     ],
     "architectures": ["runs", "json_out", "plot"],
     "train": ["out", "small_model", "attention", "minutes", "seed", "muon_lr", "adam_lr", "resume"],

@@ -33,7 +33,8 @@ LOSS = {"mha": 2.0, "gqa(kv_heads=4)": 2.1, "mqa": 2.4, "lrkv(rank=24)": 1.9, "l
 NUMBERS = {"mha": 1024, "gqa(kv_heads=4)": 512, "mqa": 128, "lrkv(rank=24)": 512, "lrkv(rank=4, variant=nope)": 192}
 CONFIG = {
     "width": 512, "layers": 8, "heads": 8, "head_dim": 64, "feed_forward": 1376, "rope_theta": 1e5, "tokens": 4000, "batch": 1000,
-    "lengths": [[0.8, 2048], [1.0, 8192]], "looks": 4, "matrix_lr": 0.03, "data_seed": 0,
+    "lengths": [[0.8, 2048], [1.0, 8192]], "looks": 4, "matrix_lr": 0.03, "per_head": True,
+    "data_seed": 0,
 }  # fmt: skip
 
 
@@ -45,8 +46,8 @@ def facts(arm: str, seed: int = 0, loss: float | None = None, **changed: Any) ->
     losses = own + (hard - hard.mean()) + (noise - noise.mean())
     steps = (1, 2, 3, 4)
     curve = [
-        {"step": s, "tokens": 1000 * s, "length": 2048 if s < 4 else 8192, "loss": own, "ms": 10.0 * s, "tuning": own,
-         "test": own + 1 - s / 4, "seconds": 2.0 * s} for s in steps
+        {"step": s, "tokens": 1000 * s, "loss": own, "ms": 10.0 * s, "tuning": own, "test": own + 1 - s / 4, "seconds": 2.0 * s}
+        for s in steps
     ]  # fmt: skip
     return {
         "config": {**CONFIG, "attention": words.read(arm), "seed": seed, **changed},
@@ -56,6 +57,7 @@ def facts(arm: str, seed: int = 0, loss: float | None = None, **changed: Any) ->
         "test_losses": {"2048": losses.tolist(), "4096": [own - 0.1, own + 0.1], "8192": [own + 0.5, own + 0.7]},
         "parameters": 1_000_000 + NUMBERS[arm],
         "cache_bytes_per_token": 16.0 * NUMBERS[arm],
+        "decoding": {"float32": 1e-7 * (1 + seed), "bfloat16": 5e-3, "bfloat16_forward": 6e-3, "bfloat16_loss": -1e-4},
     }
 
 
@@ -80,9 +82,10 @@ def test_a_row_says_what_the_run_did(runs: list[dict[str, Any]]) -> None:
     assert row == {
         "arm": "lrkv(rank=24)", "attention": "lrkv", "rank": 24, "variant": "exact", "seed": 1, "params": 1_000_512,
         "cache_bytes_per_token": 8192.0, "cache_ratio": 0.5, "formula_ratio": 0.5, "tokens": 4000, "matrix_lr": 0.03,
+        "per_head": True, "train_seconds": 9.0, "step_ms": 25.0,
         "test_loss": pytest.approx(1.91), "test_loss_4096": pytest.approx(1.91), "test_loss_8192": pytest.approx(2.51),
-        "bits_per_byte": pytest.approx(1.91 / math.log(2) / 4), "steps_to_mha": pytest.approx(0.9), "step_ms": 20.0,
-        "train_seconds": 9.0,
+        "bits_per_byte": pytest.approx(1.91 / math.log(2) / 4), "steps_to_mha": pytest.approx(0.9),
+        "decoding": {"float32": 2e-7, "bfloat16": 5e-3, "bfloat16_forward": 6e-3, "bfloat16_loss": -1e-4},
     }  # fmt: skip
     assert {r["arm"]: r["steps_to_mha"] for r in rows if r["arm"] in ("mha", "mqa")} == {"mha": 1.0, "mqa": None}
     nope = next(r for r in rows if r["variant"] == "nope")
@@ -162,22 +165,23 @@ def test_other_seeds_may_have_another_order(tmp_path: Path) -> None:
 
 def test_tables_have_a_line_for_every_arm_and_comparison(runs: list[dict[str, Any]]) -> None:
     rows = run_rows(runs) + comparisons(runs)
-    arms, compared = tables(rows)
+    arms, decoding, compared = tables(rows)
     assert [c[0] for c in arms.cells] == list(dict.fromkeys(r["arm"] for r in run_rows(runs))) and len(compared.cells) == 4
     line = dict(zip(arms.head, arms.cells[2], strict=True))
     half = 12.706 * 0.01 / 2
     assert line == {
         "arm": "lrkv(rank=24)", "cache %": "50.0", "formula %": "50.0", "bytes/token": "8,192", "parameters": "1,000,512", "seeds": "2",
         "loss": f"1.9050 [{1.905 - half:.4f}, {1.905 + half:.4f}]", "at 4,096": "1.9050", "at 8,192": "2.5050",
-        "bits/byte": f"{1.905 / math.log(2) / 4:.4f}", "steps %": "90.0", "ms a step": "20.0",
+        "bits/byte": f"{1.905 / math.log(2) / 4:.4f}", "steps %": "90.0", "ms a step": "25.0",
     }  # fmt: skip
     assert arms.cells[-1][10] == "never" and compared.cells[0][:3] == ("lrkv(rank=24)", "mha", "2")
     assert compared.cells[0][3].startswith("-0.1000 [-0.1")
     alone = tables(run_rows(runs[:5]) + comparisons(runs[:5]))
-    assert alone[0].cells[0][6] == "2.0000" and alone[1].cells[0][5] == "-", "one seed has no interval"
-    assert len(tables(run_rows([facts("mha")]))) == 1
+    assert alone[0].cells[0][6] == "2.0000" and alone[2].cells[0][5] == "-", "one seed has no interval"
+    assert decoding.cells[2] == ("lrkv(rank=24)", "2.0e-07", "5.0e-03", "6.0e-03", "-1.0e-04"), "the larger of two seeds"
+    assert len(tables(run_rows([facts("mha")]))) == 2
     out = io.StringIO()
-    Console(file=out, width=220).print(arms.terminal(), compared.terminal())
+    Console(file=out, width=220).print(arms.terminal(), decoding.terminal(), compared.terminal())
     assert "…" not in out.getvalue()
 
 

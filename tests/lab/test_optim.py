@@ -1,10 +1,14 @@
 """Muon against torch's and against what orthogonal means, and which parameters it gets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kvstack.lab.optim import ADAMW, MUON, Muon, optimizers, orthogonalised, schedule
+from kvstack.attention import DecoderForCausalLM, words
+from kvstack.lab.optim import ADAMW, MUON, Muon, head_updates, optimizers, orthogonalised, schedule
+from kvstack.lab.pretrain import small
 
 torch.set_num_threads(1)
 SHAPES = [(24, 8), (24, 8), (8, 24), (16, 16)]
@@ -53,6 +57,33 @@ def test_scales_are_what_their_papers_say() -> None:
         # AdamW's updates have entries of about 0.2 (arXiv:2502.16982, section 2.2).
         assert p.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.3)
         assert torch.linalg.matrix_norm(q, 2).item() == pytest.approx((shape[0] / shape[1]) ** 0.5, rel=0.3)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_heads_are_orthogonalised_one_by_one(shape: tuple[int, int]) -> None:
+    """One head's gradient is a thousand times another's; of the whole it would be all of the update."""
+    p, q = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    gradient = random(*shape).unflatten(0, (4, -1)) * torch.tensor([1e3, 1.0, 1.0, 1.0])[:, None, None]
+    p.grad, q.grad = gradient.flatten(0, 1), random(*shape)
+    Muon([p], lr=1.0, scale="spectral", updates={p: (4, 0.5)}).step()
+    Muon([q], lr=1.0, scale="spectral").step()
+    heads = p.detach().unflatten(0, (4, -1))
+    norms = torch.linalg.matrix_norm(heads)
+    assert norms.max() < 1.4 * norms.min(), "heads move alike"
+    assert torch.linalg.svdvals(heads).min() > 0.4 * torch.linalg.svdvals(heads).max()
+    assert p.norm().item() == pytest.approx(0.5 * q.norm().item(), rel=0.2), "half as far as the whole"
+
+
+@pytest.mark.parametrize(
+    "attention", ["mha", "gqa(kv_heads=2)", "mla(latent=24, rope=8)", "lrkv(rank=3)", "lrkv(rank=3, variant=nope)"]
+)
+def test_attentions_say_how_their_heads_move(attention: str) -> None:
+    model = DecoderForCausalLM(replace(small(), attention=words.read(attention)).model())
+    projections = {n: p for n, p in model.named_parameters() if "_proj" in n and "self_attn" in n and "o_proj" not in n}
+    said = head_updates(model)
+    assert said and all(p in said for p in projections.values()) and all(p.shape[0] % heads == 0 for p, (heads, _) in said.items())
+    muons = [optimizers(model, MUON, 0.1, 0.1, per_head=per_head)[0] for per_head in (True, False)]
+    assert [m.updates for m in muons if isinstance(m, Muon)] == [said, {}]
 
 
 class Toy(nn.Module):

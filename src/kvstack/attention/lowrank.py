@@ -51,6 +51,10 @@ class LowRankAttention(nn.Module):
         for up in (self.k_up, self.v_up):
             # `|U_h B_h^T|` a tenth of `|W_s|`, and latents as large as their input (the paper's section 3.4).
             up.init_std = 0.1 / math.sqrt(max(1, self.rank))  # type: ignore[assignment]
+        # See `lab.optim`. The shared part moves as far as a head of MHA's would. Each of two factors moves half as far: their product
+        # moves by both.
+        self.updates = {"q_proj": (self.heads, 1.0)} | dict.fromkeys(("k_shared", "v_shared"), (1, math.sqrt(self.heads)))
+        self.updates |= dict.fromkeys(("k_down", "v_down", "k_up", "v_up"), (self.heads, 0.5))
         self.rotary = LlamaRotaryEmbedding(config)  # a decoder puts its own here
 
     def forward(

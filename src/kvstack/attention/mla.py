@@ -39,6 +39,7 @@ class LatentAttention(nn.Module):
         self.k_rope = nn.Linear(d, self.rope_dim, bias=False)
         self.kv_norm = LlamaRMSNorm(config.latent_dim, config.rms_norm_eps)
         self.k_up, self.v_up = (nn.Linear(config.latent_dim, self.heads * self.head_dim, bias=False) for _ in range(2))
+        self.updates = dict.fromkeys(("q_proj", "k_up", "v_up"), (self.heads, 1.0))  # see `lab.optim`
 
     def forward(
         self,

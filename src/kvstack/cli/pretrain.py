@@ -54,6 +54,7 @@ def pretraining(
     optimizer: Annotated[str | None, typer.Option(help=f"{' or '.join(OPTIMIZERS)}, for the matrices.")] = None,
     matrix_lr: Annotated[float | None, typer.Option(help="Learning rate of the matrices.")] = None,
     other_lr: Annotated[float | None, typer.Option(help="Learning rate of everything else.")] = None,
+    per_head: Annotated[bool, typer.Option("--per-head", help="Muon takes the heads of a projection each for itself.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the weights.")] = None,
     data_seed: Annotated[int | None, typer.Option(help="Of the order of the tokens.")] = None,
     parallel: Annotated[str, typer.Option(help=f"Under torchrun: {' or '.join(SPREADS)}.")] = SPREADS[0],
@@ -75,6 +76,7 @@ def pretraining(
         attention=words.read(attention),
         parallel=parallel,
         checkpointing=checkpointing,
+        per_head=per_head,
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
     )
     artefact.check_folder(out)

@@ -3,8 +3,8 @@
 An *arm* is an attention with its arguments, as `attention.words` writes it. Rows are of two kinds:
 
     of runs          arm, attention, rank, variant, seed, params, cache_bytes_per_token, cache_ratio, formula_ratio, tokens, matrix_lr,
-                     test_loss (at the first training length), test_loss_N (at the others), bits_per_byte, steps_to_mha, step_ms,
-                     train_seconds
+                     per_head, test_loss (at the first training length), test_loss_N (at the others), bits_per_byte, steps_to_mha,
+                     step_ms, train_seconds, decoding (see `attention.equality`)
     of comparisons   arm, against, seeds, difference (of test_loss), low, high, over_windows [2], over_seeds [2] or None
 
 Differences are paired. Windows say how sure we are of these weights, seeds how sure of the architecture; `low` and `high` are of the
@@ -118,12 +118,14 @@ def _run_row(run: Run, mha: Run) -> Row:
         "formula_ratio": numbers / of_mha,
         "tokens": cfg["tokens"],
         "matrix_lr": cfg["matrix_lr"],
+        "per_head": cfg["per_head"],
         "test_loss": loss,
         **{f"test_loss_{n}": statistics.fmean(losses) for n, losses in run["test_losses"].items() if int(n) != first},
         "bits_per_byte": loss / math.log(2) / run["corpus"]["bytes_per_token"],
         "steps_to_mha": None if steps is None else steps / curve[-1]["step"],
-        "step_ms": statistics.median(r["ms"] for r in curve if r["length"] == first),
+        "step_ms": statistics.median(r["ms"] for r in curve),
         "train_seconds": run["seconds"],
+        "decoding": run["decoding"],
     }
 
 
@@ -165,12 +167,13 @@ def are_mine(rows: Sequence[Row]) -> bool:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """A line for every arm, means over its seeds, and one for every comparison."""
-    compared = [r for r in rows if "against" in r]
-    arms = _by_arm(rows)
+    compared, arms = [r for r in rows if "against" in r], _by_arm(rows)
     lengths = [key for key in rows[0] if key.startswith("test_loss_")]
     at = [f"at {int(key.rpartition('_')[2]):,}" for key in lengths]
     head = ("arm", "cache %", "formula %", "bytes/token", "parameters", "seeds", "loss", *at, "bits/byte", "steps %", "ms a step")
     out = [Table("architectures", head, [_arm_cells(name, own, lengths) for name, own in arms.items()])]
+    head = ("arm", "in float32", "in bfloat16", "rounding of bfloat16", "loss in bfloat16")
+    out.append(Table("decoding against the forward", head, [_decoding_cells(name, own) for name, own in arms.items()]))
     if compared:
         head = ("arm", "against", "seeds", "difference", "over windows", "over seeds")
         out.append(Table("test loss less that of others", head, [_compared_cells(r) for r in compared]))
@@ -201,6 +204,12 @@ def _arm_cells(name: str, own: Sequence[Row], lengths: Sequence[str]) -> tuple[s
         "never" if None in steps else f"{100 * statistics.fmean(steps):.1f}",
         f"{statistics.median(r['step_ms'] for r in own):.1f}",
     )
+
+
+def _decoding_cells(name: str, own: Sequence[Row]) -> tuple[str, ...]:
+    """Relative differences of logits, the largest of all seeds."""
+    most = {key: max((r["decoding"][key] for r in own), key=abs) for key in own[0]["decoding"]}
+    return name, *(f"{most[key]:.1e}" for key in ("float32", "bfloat16", "bfloat16_forward")), f"{most['bfloat16_loss']:+.1e}"
 
 
 def _compared_cells(r: Row) -> tuple[str, ...]:

@@ -1,7 +1,11 @@
 """The optimisers of lab models: Muon for weight matrices with AdamW for the rest, or AdamW for all.
 
-A matrix is a parameter of two dimensions that is neither the embedding nor the head. Muon orthogonalises each parameter as it is
-stored: the low-rank `k_up [H D, r]` of all heads is one matrix, `k_shared` and `k_down` are two.
+A matrix is a parameter of two dimensions that is neither the embedding nor the head. What Muon orthogonalises is a choice:
+
+    whole       each parameter as it is stored: the low-rank `k_up [H D, r]` of all heads is one matrix
+    per head    the heads' rows of an attention's projections, each for itself (GLM-5's "Muon split", arXiv:2602.15763). The attention's
+                `updates` say, by the name of a projection, how many heads its rows are and how far it moves; at 1 an update is as large
+                as that of the whole.
 
 torch has a Muon; this one treats all matrices of one shape together, which saves a tenth of a small model's step, knows parameters
 that FSDP has cut up (it gathers their updates, since a slice cannot be orthogonalised), and has the scale that suits matrices of any
@@ -27,38 +31,51 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "rms": lambda out, into: 0.2 * math.sqrt(max(out, into)),
     "spectral": lambda out, into: math.sqrt(out / into),
 }
+Updates = dict[nn.Parameter, tuple[int, float]]
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with Nesterov's look ahead.
 
-    Takes matrices alone. weight_decay is decoupled, as in AdamW. scale: see the module.
+    Takes matrices alone. weight_decay is decoupled, as in AdamW. scale: see the module. updates: of parameters that are orthogonalised
+    head by head, how many heads their rows are, and a factor on their updates.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, scale: str, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
-        self.scale = SCALES[scale]
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        scale: str,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        updates: Updates | None = None,
+    ) -> None:
+        self.scale, self.updates = SCALES[scale], updates or {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all matrices that have a gradient."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            alike: dict[tuple[torch.Size, tuple[int, float]], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.shape].append(p)
-            for shape, params in alike.items():
-                self._step(params, self.scale(*shape), **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+                    alike[p.shape, self.updates.get(p, (1, 1.0))].append(p)
+            for (shape, (heads, factor)), params in alike.items():
+                self._step(params, heads, factor * self.scale(*shape), **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
 
-    def _step(self, params: list[Tensor], scale: float, lr: float, momentum: float, weight_decay: float) -> None:
+    def _step(self, params: list[Tensor], heads: int, scale: float, lr: float, momentum: float, weight_decay: float) -> None:
         grads = [p.grad for p in params if p.grad is not None]
         means = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, means, momentum)
-        whole = orthogonalised(torch.stack([u.full_tensor() if isinstance(u, DTensor) else u for u in ahead]))
-        updates = [_cut(u, p) for u, p in zip(whole.to(params[0].dtype), params, strict=True)]
+        whole = torch.stack([u.full_tensor() if isinstance(u, DTensor) else u for u in ahead])
+        rows, columns = whole.shape[1] // heads, whole.shape[2]
+        updates = orthogonalised(whole.view(-1, rows, columns)).view_as(whole).to(whole.dtype)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, updates, alpha=-lr * scale)
+        # An update of the heads is as large, as a sum of squares, as one of the whole.
+        scale *= math.sqrt(min(whole.shape[1:]) / (heads * min(rows, columns)))
+        torch._foreach_add_(params, [_cut(u, p) for u, p in zip(updates, params, strict=True)], alpha=-lr * scale)
 
 
 def _cut(update: Tensor, like: Tensor) -> Tensor:
@@ -78,15 +95,25 @@ def orthogonalised(x: Tensor, steps: int = 5) -> Tensor:
     return out
 
 
-def optimizers(model: nn.Module, name: str, matrix_lr: float, other_lr: float, scale: str = "spectral") -> list[torch.optim.Optimizer]:
+def head_updates(model: nn.Module) -> Updates:
+    """What the attentions of `model` say of their parameters."""
+    return {getattr(m, name).weight: how for m in model.modules() for name, how in getattr(m, "updates", {}).items()}
+
+
+def optimizers(
+    model: nn.Module, name: str, matrix_lr: float, other_lr: float, scale: str = "spectral", per_head: bool = False
+) -> list[torch.optim.Optimizer]:
     """The optimisers of `model`, matrices' first; each group's `initial_lr` is its peak, for `schedule`."""
+    updates = head_updates(model) if per_head else {}
     named = list(model.named_parameters())
     matrices = [p for n, p in named if p.ndim == 2 and p.numel() and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for _, p in named if id(p) not in chosen and p.numel()]
     adamw: dict[str, Any] = {"betas": (0.9, 0.95), "fused": named[0][1].is_cuda}
     both: list[torch.optim.Optimizer] = [
-        Muon(matrices, matrix_lr, scale) if name == MUON else torch.optim.AdamW(matrices, lr=matrix_lr, weight_decay=0.1, **adamw),
+        Muon(matrices, matrix_lr, scale, updates=updates)
+        if name == MUON
+        else torch.optim.AdamW(matrices, lr=matrix_lr, weight_decay=0.1, **adamw),
         torch.optim.AdamW(others, lr=other_lr, weight_decay=0.0, **adamw),
     ]
     for opt in both:

@@ -1,11 +1,11 @@
 """Pretrain a decoder on text, one architecture at a time, so that only the attention differs between runs.
 
 Every run of one `data_seed` sees the same tokens in the same order, whatever its architecture, its processes and its interruptions. The
-learning rate warms up and follows a cosine down to a twentieth; the last part of the tokens comes in long windows. A run writes into
-its folder
+learning rate warms up and follows a cosine down to a twentieth; steps of short and of long windows are mixed, since a late change to
+long ones costs each architecture differently. A run writes into its folder
 
     checkpoint.pt     weights, optimisers, step: `resume` goes on from there; written every `save` steps and at the end
-    pretrain.json     settings, facts, the curve, and the loss of every window of the test text
+    pretrain.json     settings, facts, the curve, the loss of every window of the test text, how far decoding is from the forward
     config.json ...   the model, as transformers loads it
 
 Learning rates are chosen on the tuning text; the test text is read only to report. Steps are timed by the GPU's clock, if there is one.
@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvstack import artefact
 from kvstack.attention import DecoderConfig, DecoderForCausalLM
+from kvstack.attention.equality import decoding_differences
 from kvstack.attention.pooled_cache import PooledCache
 from kvstack.errors import BadInputError
 from kvstack.lab.corpus import Corpus, as_tensor, corpus_facts, judged, places, windows
@@ -39,7 +40,9 @@ from kvstack.lab.tokenizer import BOS, EOS, PAD, VOCABULARY, load_tokenizer
 CHECKPOINT, FACTS = "checkpoint.pt", "pretrain.json"
 # The fastest first, of those that have a backward; which one runs is torch's to decide.
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+DECODED = 256  # tokens of a window, at most, of which the last eighth is decoded, to see whether that equals the forward
 FLOOR = 0.05  # of the learning rate, at the end
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, mod 1, fall into every part of [0, 1) as evenly as can be
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -47,9 +50,10 @@ Report = Callable[[dict[str, Any]], None]
 class PretrainConfig:
     """Architecture, size and run. attention: fields of DecoderConfig, such as {"attention": "lrkv", "rank": 24}.
 
-    lengths: (share of the tokens after which it ends, window). tokens, batch: in tokens. every: steps between looks at the first
-    `looks` windows of the tuning and the test text. save: steps between checkpoints. matrix_lr: of Muon or AdamW for matrices;
-    other_lr: of AdamW for the rest.
+    lengths: (share of the steps in windows of this length or one before, length), spread evenly. tokens, batch: in tokens. every: steps
+    between looks at the first `looks` windows of the tuning and the test text. save: steps between checkpoints. matrix_lr: of Muon or
+    AdamW for matrices;
+    other_lr: of AdamW for the rest. per_head: Muon orthogonalises head by head, see `lab.optim`.
     """
 
     attention: dict[str, Any] = field(default_factory=lambda: {"attention": "mha"})
@@ -65,6 +69,7 @@ class PretrainConfig:
     optimizer: str = MUON
     matrix_lr: float = 3e-2
     other_lr: float = 3e-3
+    per_head: bool = False
     warmup: int = 100
     every: int = 50
     looks: int = 64
@@ -82,7 +87,7 @@ class PretrainConfig:
 
     def length(self, step: int) -> int:
         """Tokens of a window at a step."""
-        return next(n for end, n in self.lengths if step < end * self.steps)
+        return next(n for end, n in self.lengths if step * GOLDEN % 1 < end)
 
     def factor(self, step: int) -> float:
         """Factor on the learning rates at a step."""
@@ -178,7 +183,7 @@ def pretrain(
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     text_loss = spread(TextLoss(model, cfg.compile), model.model.layers, cfg.parallel, world)
-    opts = optimizers(model, cfg.optimizer, cfg.matrix_lr, cfg.other_lr)
+    opts = optimizers(model, cfg.optimizer, cfg.matrix_lr, cfg.other_lr, per_head=cfg.per_head)
     # losses: of the steps since the last row of the curve.
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": [], "losses": []}
     if resume:
@@ -205,8 +210,8 @@ def pretrain(
         state["step"] = step + 1
         if state["step"] % cfg.every == 0 or state["step"] == cfg.steps:
             row = {
-                "step": state["step"], "tokens": state["step"] * cfg.batch, "length": length,
-                "loss": world.mean(torch.stack(losses).mean()).item(), "ms": clock.median(),
+                "step": state["step"], "tokens": state["step"] * cfg.batch,
+                "loss": world.mean(torch.stack(losses).mean()).item(), "ms": clock.mean(),
                 **{name: statistics.fmean(window_losses(text_loss, x)) for name, x in looks.items()},
                 "seconds": before + time.monotonic() - began,
             }  # fmt: skip
@@ -222,7 +227,12 @@ def pretrain(
     weights = _checkpoint(out, cfg, text_loss, opts, state, losses, world)
     facts = _facts(cfg, corpus, text_loss, state, world)
     if world.first:
-        _export(out, model.config, weights, facts)
+        trained = DecoderForCausalLM(model.config).to(device)
+        trained.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
+        some = judged(corpus.test, cfg.lengths[0][1], device, 8)[:, :DECODED]
+        facts["decoding"] = decoding_differences(trained, some, some.shape[1] // 8)
+        # float16 keeps three more bits of every weight than bfloat16 in the same bytes; no weight is near its limits.
+        _export(out, trained.half(), facts)
     world.wait()  # none leaves, or reads the folder, before it is written
     return facts
 
@@ -272,11 +282,8 @@ def _checkpoint(
     return held["model"]  # type: ignore[no-any-return]
 
 
-def _export(out: Path, config: DecoderConfig, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def _export(out: Path, half: DecoderForCausalLM, facts: dict[str, Any]) -> None:
     """Write the model for transformers, and the facts."""
-    # float16 keeps three more bits of every weight than bfloat16 in the same bytes; no weight is near its limits.
-    half = DecoderForCausalLM(config).half()
-    half.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
     half.save_pretrained(out)
     load_tokenizer(bundled_model()).save_pretrained(out)
     with artefact.replacing(out / FACTS) as temporary:
@@ -319,10 +326,10 @@ class _Clock:
         """After a step."""
         self.spans.append((self.begin, self._now()))
 
-    def median(self) -> float:
+    def mean(self) -> float:
         """Of the steps since the last call."""
         if self.gpu:
             torch.cuda.synchronize()
         spans = [a.elapsed_time(b) if self.gpu else 1000 * (b - a) for a, b in self.spans]
         self.spans = []
-        return float(statistics.median(spans))
+        return statistics.fmean(spans)
