@@ -48,6 +48,7 @@ OPTIONS = {
         "parallel", "checkpointing", "resume", "stop", "small_run",
     ],
     "architectures": ["runs", "json_out", "plot"],
+    "rates": ["runs", "json_out"],
     "train": ["out", "small_model", "attention", "minutes", "seed", "muon_lr", "adam_lr", "resume"],
     "eval": ["model", "lengths", "samples", "text_sequences", "json_out", "card"],
 }  # fmt: skip

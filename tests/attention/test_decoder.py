@@ -83,6 +83,10 @@ def test_what_the_kernel_is_given(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_decoding_in_bfloat16_is_as_good_as_the_forward(kind: str) -> None:
     found = decoding_differences(decoder(kind), tokens(2, 230), steps=30)
     assert found["float32"] < (1e-6 if kind in KEYS else 1e-5)
+    stored = found["bfloat16_stored"]
+    assert stored is None if kind in POOLS else 1e-3 < stored < found["bfloat16_forward"], (
+        "already to store costs more than a thousandth"
+    )
     assert found["bfloat16"] < 1.3 * found["bfloat16_forward"] < 0.3 and abs(found["bfloat16_loss"]) < 0.01
 
 

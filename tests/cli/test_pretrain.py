@@ -52,13 +52,14 @@ def test_a_run_in_two_parts(tmp_path: Path, corpus: Path) -> None:
     [
         (["--attention", "gqa(kv_heads=2)"], {"attention": "gqa", "num_key_value_heads": 2}),
         (["--attention", "mla(latent=24, rope=8)"], {"attention": "mla", "latent_dim": 24, "rope_dim": 8}),
-        (["--attention", "mqa"], {"attention": "mqa"}),
+        (["--attention", "mqa", "--whole"], {"attention": "mqa"}),
         (["--checkpointing", "--optimizer", "adamw"], {"attention": "mha"}),
     ],
 )
 def test_options_reach_the_model(args: list[str], attention: dict[str, Any], tmp_path: Path, corpus: Path) -> None:
     invoke("pretrain", *SMALL, *args, "--corpus", str(corpus), "--out", str(tmp_path), "--stop", "1")
-    assert json.loads((tmp_path / "pretrain.json").read_text())["config"]["attention"] == attention
+    config = json.loads((tmp_path / "pretrain.json").read_text())["config"]
+    assert config["attention"] == attention and config["per_head"] == ("--whole" not in args)
 
 
 @pytest.mark.parametrize(

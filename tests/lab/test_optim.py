@@ -59,7 +59,7 @@ def test_scales_are_what_their_papers_say() -> None:
         assert torch.linalg.matrix_norm(q, 2).item() == pytest.approx((shape[0] / shape[1]) ** 0.5, rel=0.3)
 
 
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (64, 3)])
 def test_heads_are_orthogonalised_one_by_one(shape: tuple[int, int]) -> None:
     """One head's gradient is a thousand times another's; of the whole it would be all of the update."""
     p, q = (nn.Parameter(torch.zeros(shape)) for _ in range(2))

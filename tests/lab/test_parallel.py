@@ -28,7 +28,7 @@ CORPUS = Corpus(TEXT[:3000], TEXT[3000:3400], TEXT[3400:], digest="sums", bytes_
 # An odd width and rank: slices of matrices are not all alike. Rank 0 has empty ones.
 CONFIG = replace(
     small(), width=33, heads=3, feed_forward=65, tokens=12 * 256, batch=256, lengths=((0.8, 32), (1.0, 64)), warmup=4, every=4,
-    matrix_lr=3e-3, other_lr=3e-3, per_head=True, attention={"attention": "lrkv", "rank": 5},
+    matrix_lr=3e-3, other_lr=3e-3, attention={"attention": "lrkv", "rank": 5},
 )  # fmt: skip
 CASES = {
     f"{spread}-{optimizer}": replace(CONFIG, parallel=spread, optimizer=optimizer) for spread in SPREADS for optimizer in OPTIMIZERS

@@ -112,7 +112,7 @@ def test_long_windows_come_evenly() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
-    cfg = replace(CONFIG, optimizer=optimizer, per_head=True, attention={"attention": "lrkv", "rank": 3})
+    cfg = replace(CONFIG, optimizer=optimizer, attention={"attention": "lrkv", "rank": 3})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     facts = untimed(run(whole, cfg))
     for i, stop in enumerate((6, 13)):  # between two looks

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -18,33 +19,48 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def decoding_differences(model: Any, ids: Tensor, steps: int) -> dict[str, float]:
+def decoding_differences(model: Any, ids: Tensor, steps: int) -> dict[str, float | None]:
     """Of the logits after the last `steps` of `ids [B, T]`, decoded one by one, against the forward:
 
     float32, bfloat16       relative RMS difference, in that arithmetic (no TF32)
+    bfloat16_stored         the same in float32, of what is cached rounded to bfloat16; None for CSA and HCA, which cache no tokens
     bfloat16_forward        the same of the forward in bfloat16 against the one in float32
     bfloat16_loss           what decoding adds to the mean loss of the text, in bfloat16, nats a token
     """
-    out, precision = dict[str, float](), torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    stored, model = None, deepcopy(model).float().eval()
     try:
-        whole = [_logits(model, ids, steps, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        exact, decoded = _forward(model, ids, steps), _decoded(model, ids, steps, None)
+        if model.config.attention not in ("csa", "hca"):
+            stored = relative(_decoded(model, ids, steps, _Rounded(config=model.config)), exact)
+        for p in model.parameters():  # not RoPE's frequencies, which transformers keeps in float32
+            p.data = p.data.bfloat16()
+        rounded, after = _forward(model, ids, steps), _decoded(model, ids, steps, None)
     finally:
         torch.set_float32_matmul_precision(precision)
-    for name, (forward, decoded) in zip(("float32", "bfloat16"), whole, strict=True):
-        out[name] = relative(decoded, forward)
-    out["bfloat16_forward"] = relative(whole[1][0], whole[0][0])
-    before, after = (F.cross_entropy(x[:, :-1].flatten(0, 1).float(), ids[:, 1 - steps :].flatten()).item() for x in whole[1])
-    return out | {"bfloat16_loss": after - before}
+    loss = [F.cross_entropy(x[:, :-1].flatten(0, 1).float(), ids[:, 1 - steps :].flatten()).item() for x in (rounded, after)]
+    return {
+        "float32": relative(decoded, exact), "bfloat16": relative(after, rounded), "bfloat16_stored": stored,
+        "bfloat16_forward": relative(rounded, exact), "bfloat16_loss": loss[1] - loss[0],
+    }  # fmt: skip
 
 
-def _logits(model: Any, ids: Tensor, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits `[B, steps, V]` of the last tokens: of one forward, and decoded."""
-    model = deepcopy(model).eval()
-    for p in model.parameters():  # not RoPE's frequencies, which transformers keeps in float32
-        p.data = p.data.to(dtype)
-    forward = model(ids, use_cache=False).logits[:, -steps:]
-    cache, rows = model(ids[:, :-steps], use_cache=True, logits_to_keep=1).past_key_values, list[Tensor]()
+class _Rounded(DynamicCache):  # type: ignore[misc]
+    """Keeps what it is given as bfloat16 would, in float32."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(*(x.bfloat16().float() for x in (key_states, value_states)), *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _forward(model: Any, ids: Tensor, steps: int) -> Tensor:
+    """Logits `[B, steps, V]` after the last tokens, of all at once."""
+    return model(ids, use_cache=False).logits[:, -steps:]  # type: ignore[no-any-return]
+
+
+def _decoded(model: Any, ids: Tensor, steps: int, cache: DynamicCache | None) -> Tensor:
+    """The same, one by one; the model makes its own cache when none is given."""
+    cache, rows = model(ids[:, :-steps], past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values, list[Tensor]()
     for token in ids[:, -steps:].split(1, 1):
         rows.append(model(token, past_key_values=cache).logits)
-    return forward, torch.cat(rows, 1)
+    return torch.cat(rows, 1)

@@ -1,7 +1,7 @@
-"""`kvstack lab architectures`: compare runs of `kvstack lab pretrain` that differ in their attention.
+"""`kvstack lab architectures` and `kvstack lab rates`: compare runs of `kvstack lab pretrain`, by attention or by learning rate.
 
-The tables go to the terminal, the rows to a results file, the curves to a second one beside it, and the pictures to PNG files and an
-HTML page. What is compared and how is the business of `eval.architectures`.
+The tables go to the terminal, the rows to a results file; of architectures the curves go to a second one beside it, and the pictures to
+PNG files and an HTML page. What is compared and how is the business of `eval.architectures` and `eval.rates`.
 """
 
 import json
@@ -15,10 +15,13 @@ from kvstack import artefact
 from kvstack.cli.compare import command_line
 from kvstack.environment import environment, write_results
 from kvstack.eval import architectures as study
+from kvstack.eval import rates as rate_study
+from kvstack.eval.page import Table
 
 EXAMPLES = """
 kvstack lab architectures out/mha out/gqa4 out/lrkv24
 kvstack lab architectures out/runs/* --json results/architectures.json --plot docs/architectures
+kvstack lab rates out/rates/* --json results/rates.json
 """
 
 TITLE = "Architectures of attention, trained from scratch on the same tokens"
@@ -46,8 +49,25 @@ def architectures(
         written += [json_out, beside]
     if plot:
         written += study.write_plots(rows, curves, TITLE, plot)
+    _show(study.tables(rows), written)
+
+
+def rates(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, that differ in attention, rate, seed or tokens.")],
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this results file.")] = None,
+) -> None:
+    """Compare the learning rates of pretrained decoders by their loss on the tuning text."""
+    if json_out:
+        artefact.check_folder(json_out.parent)
+    rows = rate_study.rate_rows(runs)
+    if json_out:
+        write_results(json_out, command_line(), rows)
+    _show(rate_study.tables(rows), [json_out] if json_out else [])
+
+
+def _show(tables: list[Table], written: list[Path]) -> None:
     console = Console(width=220)  # wider than any table: one that is cut in a pipe or a narrow window helps nobody
-    for table in study.tables(rows):
+    for table in tables:
         console.print(table.terminal())
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

@@ -37,6 +37,7 @@ LAB_COMMANDS = {
     "corpus": ("kvstack.cli.pretrain:corpus", "Tokenise this machine's Python sources for pretraining."),
     "pretrain": ("kvstack.cli.pretrain:pretraining", "Pretrain a decoder whose attention you choose."),
     "architectures": ("kvstack.cli.architectures:architectures", "Compare pretrained decoders."),
+    "rates": ("kvstack.cli.architectures:rates", "Compare the learning rates of pretrained decoders."),
 }
 BENCH_COMMANDS = {
     "decode": ("kvstack.cli.bench:decode", "Time attention of a decode step, ours and other libraries'."),

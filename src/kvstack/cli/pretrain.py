@@ -54,7 +54,7 @@ def pretraining(
     optimizer: Annotated[str | None, typer.Option(help=f"{' or '.join(OPTIMIZERS)}, for the matrices.")] = None,
     matrix_lr: Annotated[float | None, typer.Option(help="Learning rate of the matrices.")] = None,
     other_lr: Annotated[float | None, typer.Option(help="Learning rate of everything else.")] = None,
-    per_head: Annotated[bool, typer.Option("--per-head", help="Muon takes the heads of a projection each for itself.")] = False,
+    per_head: Annotated[bool, typer.Option("--per-head/--whole", help="Muon takes projections head by head, or whole.")] = True,
     seed: Annotated[int | None, typer.Option(help="Of the weights.")] = None,
     data_seed: Annotated[int | None, typer.Option(help="Of the order of the tokens.")] = None,
     parallel: Annotated[str, typer.Option(help=f"Under torchrun: {' or '.join(SPREADS)}.")] = SPREADS[0],

@@ -36,16 +36,22 @@ NOTE = (
 )
 
 
+def read_run(folder: Path) -> Run:
+    """The finished run in `folder`. Raises BadInputError, naming the folder, when there is none."""
+    try:
+        run: Run = json.loads((folder / "pretrain.json").read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise BadInputError(f"{folder} is not the folder of a run. Make one with `kvstack lab pretrain --out {folder}`.") from e
+    if "test_losses" not in run:
+        raise BadInputError(f"The run {folder} is not finished. Go on with --resume, or leave it out.")
+    return run
+
+
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in `folders`, checked to be comparable. Raises BadInputError, naming the folder, when one is not."""
     runs: list[Run] = []
     for folder in folders:
-        try:
-            run = json.loads((folder / "pretrain.json").read_text("utf-8"))
-        except (OSError, ValueError) as e:
-            raise BadInputError(f"{folder} is not the folder of a run. Make one with `kvstack lab pretrain --out {folder}`.") from e
-        if "test_losses" not in run:
-            raise BadInputError(f"The run {folder} is not finished. Go on with --resume, or leave it out.")
+        run = read_run(folder)
         if len(_losses(run)) < 2:
             raise BadInputError(f"The run {folder} has one test window, which has no interval. Use a longer test text.")
         for other, name in zip(runs, folders, strict=False):
@@ -172,7 +178,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     at = [f"at {int(key.rpartition('_')[2]):,}" for key in lengths]
     head = ("arm", "cache %", "formula %", "bytes/token", "parameters", "seeds", "loss", *at, "bits/byte", "steps %", "ms a step")
     out = [Table("architectures", head, [_arm_cells(name, own, lengths) for name, own in arms.items()])]
-    head = ("arm", "in float32", "in bfloat16", "rounding of bfloat16", "loss in bfloat16")
+    head = ("arm", "in float32", "in bfloat16", "cached in bfloat16", "forward in bfloat16", "loss in bfloat16")
     out.append(Table("decoding against the forward", head, [_decoding_cells(name, own) for name, own in arms.items()]))
     if compared:
         head = ("arm", "against", "seeds", "difference", "over windows", "over seeds")
@@ -207,9 +213,10 @@ def _arm_cells(name: str, own: Sequence[Row], lengths: Sequence[str]) -> tuple[s
 
 
 def _decoding_cells(name: str, own: Sequence[Row]) -> tuple[str, ...]:
-    """Relative differences of logits, the largest of all seeds."""
-    most = {key: max((r["decoding"][key] for r in own), key=abs) for key in own[0]["decoding"]}
-    return name, *(f"{most[key]:.1e}" for key in ("float32", "bfloat16", "bfloat16_forward")), f"{most['bfloat16_loss']:+.1e}"
+    """Relative differences of logits, and the loss in nats: of the seed in which they are largest."""
+    found = [[r["decoding"][key] for r in own] for key in ("float32", "bfloat16", "bfloat16_stored", "bfloat16_forward")]
+    loss = max((r["decoding"]["bfloat16_loss"] for r in own), key=abs)
+    return name, *("-" if None in values else f"{max(values):.1e}" for values in found), f"{loss:+.1e}"
 
 
 def _compared_cells(r: Row) -> tuple[str, ...]:

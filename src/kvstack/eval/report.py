@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvstack.eval import architectures, curves, page
+from kvstack.eval import architectures, curves, page, rates
 
 Row = dict[str, Any]
 
@@ -113,7 +113,8 @@ def markdown(files: Sequence[Path]) -> str:
 def _shown(rows: Sequence[dict[str, Any]]) -> list[page.Table]:
     if curves.are_mine(rows):
         return curves.compact(rows)
-    return architectures.tables(rows) if architectures.are_mine(rows) else [_as_table(_lines(rows))]
+    found = next((study for study in (architectures, rates) if study.are_mine(rows)), None)
+    return found.tables(rows) if found else [_as_table(_lines(rows))]
 
 
 def _as_table(lines: Sequence[dict[str, str]]) -> page.Table:

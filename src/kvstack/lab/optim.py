@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, means, momentum)
         whole = torch.stack([u.full_tensor() if isinstance(u, DTensor) else u for u in ahead])
         rows, columns = whole.shape[1] // heads, whole.shape[2]
-        updates = orthogonalised(whole.view(-1, rows, columns)).view_as(whole).to(whole.dtype)
+        updates = orthogonalised(whole.view(-1, rows, columns)).reshape(whole.shape).to(whole.dtype)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         # An update of the heads is as large, as a sum of squares, as one of the whole.
         scale *= math.sqrt(min(whole.shape[1:]) / (heads * min(rows, columns)))

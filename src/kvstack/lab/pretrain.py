@@ -69,7 +69,7 @@ class PretrainConfig:
     optimizer: str = MUON
     matrix_lr: float = 3e-2
     other_lr: float = 3e-3
-    per_head: bool = False
+    per_head: bool = True
     warmup: int = 100
     every: int = 50
     looks: int = 64

@@ -1,0 +1,60 @@
+"""Runs of `lab.pretrain` that differ in how they learn: which learning rate suits which architecture.
+
+Rows: arm, attention, seed, tokens, optimizer, per_head, matrix_lr, tuning_loss (nats a token, when the run ended), best. Of an arm's
+runs over most tokens the one of the least tuning loss is the best; shorter ones are first looks. The test text plays no part.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvstack.errors import BadInputError
+from kvstack.eval.architectures import Row, arm, read_run
+from kvstack.eval.page import Table
+
+SHARED = ("width", "layers", "heads", "head_dim", "feed_forward", "batch", "lengths", "looks", "other_lr")
+
+
+def rate_rows(folders: Sequence[Path]) -> list[Row]:
+    """A row for every run in `folders`, arm by arm. Raises BadInputError when one is no finished run, or differs in more."""
+    runs = [read_run(folder) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        differing = [key for key in SHARED if run["config"][key] != runs[0]["config"][key]]
+        differing += ["corpus"] * (run["corpus"] != runs[0]["corpus"])
+        if differing:
+            raise BadInputError(f"The runs {folders[0]} and {folder} differ in {', '.join(differing)}. Compare runs that share them.")
+    rows = sorted(map(_row, runs), key=lambda r: (r["arm"], r["tokens"], not r["per_head"], r["matrix_lr"], r["seed"]))
+    for row in rows:
+        rivals = [r for r in rows if r["arm"] == row["arm"] and r["tokens"] >= row["tokens"]]
+        row["best"] = row is min(rivals, key=lambda r: (-r["tokens"], r["tuning_loss"]))
+    return rows
+
+
+def _row(run: dict[str, Any]) -> Row:
+    cfg = run["config"]
+    return {
+        "arm": arm(run), "attention": cfg["attention"]["attention"],
+        **{key: cfg[key] for key in ("seed", "tokens", "optimizer", "per_head", "matrix_lr")},
+        "tuning_loss": run["curve"][-1]["tuning"],
+    }  # fmt: skip
+
+
+def are_mine(rows: Sequence[Row]) -> bool:
+    """Whether these are rows of this module."""
+    return {"matrix_lr", "tuning_loss", "best"} <= rows[0].keys()
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """A line for every arm and number of tokens, a column for every setting; a star at the best."""
+    settings = sorted({(not r["per_head"], r["matrix_lr"]) for r in rows})
+    cells = []
+    for name, tokens in sorted({(r["arm"], r["tokens"]) for r in rows}):
+        own = [r for r in rows if (r["arm"], r["tokens"]) == (name, tokens)]
+        found = [[_cell(r) for r in own if (not r["per_head"], r["matrix_lr"]) == setting] for setting in settings]
+        cells.append((name, f"{tokens / 1e6:,.0f} M", *map(", ".join, found)))
+    head = ("arm", "tokens", *(f"{rate:g}{' whole' if whole else ''}" for whole, rate in settings))
+    return [Table("tuning loss by learning rate", head, cells)]
+
+
+def _cell(row: Row) -> str:
+    return f"{row['tuning_loss']:.4f}{'*' if row['best'] else ''}"
