@@ -11,6 +11,10 @@ from kvstack.lab.optim import ADAMW, MUON, Muon, head_updates, optimizers, ortho
 from kvstack.lab.pretrain import small
 
 torch.set_num_threads(1)
+ATTENTIONS = (
+    "mha", "gqa(kv_heads=2)", "mqa", "mla(latent=24, rope=8)", "lrkv(rank=3)", "lrkv(rank=3, variant=nope)", "csa(4, 4, 8, 8, 2, 8)",
+    "hca(4, 8, 8)",
+)  # fmt: skip
 SHAPES = [(24, 8), (24, 8), (8, 24), (16, 16)]
 
 
@@ -74,14 +78,12 @@ def test_heads_are_orthogonalised_one_by_one(shape: tuple[int, int]) -> None:
     assert p.norm().item() == pytest.approx(0.5 * q.norm().item(), rel=0.2), "half as far as the whole"
 
 
-@pytest.mark.parametrize(
-    "attention", ["mha", "gqa(kv_heads=2)", "mla(latent=24, rope=8)", "lrkv(rank=3)", "lrkv(rank=3, variant=nope)"]
-)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_attentions_say_how_their_heads_move(attention: str) -> None:
     model = DecoderForCausalLM(replace(small(), attention=words.read(attention)).model())
-    projections = {n: p for n, p in model.named_parameters() if "_proj" in n and "self_attn" in n and "o_proj" not in n}
-    said = head_updates(model)
-    assert said and all(p in said for p in projections.values()) and all(p.shape[0] % heads == 0 for p, (heads, _) in said.items())
+    said, names = head_updates(model), {p: n for n, p in model.named_parameters()}
+    assert {p for p, n in names.items() if n.endswith("self_attn.q_proj.weight")} <= said.keys(), "queries always have heads"
+    assert all(p.shape[0] % heads == 0 and names[p].split(".")[-2] != "o_proj" for p, (heads, _) in said.items())
     muons = [optimizers(model, MUON, 0.1, 0.1, per_head=per_head)[0] for per_head in (True, False)]
     assert [m.updates for m in muons if isinstance(m, Muon)] == [said, {}]
 

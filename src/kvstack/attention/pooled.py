@@ -120,6 +120,7 @@ class PooledAttention(nn.Module):
         self.indexer = LightningIndexer(d, config.index_heads, config.index_dim, config.pool, eps) if sparse else None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, d, bias=False)
+        self.updates = {"q_proj": (config.num_attention_heads, 1.0)}  # see `lab.optim`; the others have one head
 
     def forward(
         self,

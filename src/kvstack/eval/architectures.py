@@ -32,7 +32,8 @@ SHARED = ("width", "layers", "heads", "head_dim", "feed_forward", "rope_theta", 
 CURVE = ("step", "tokens", "loss", "ms", "tuning", "test", "seconds")
 NOTE = (
     "Brackets are 95 % intervals; of arms over seeds, of differences the wider of those over windows and over seeds. "
-    "Cache and its formula are shares of MHA's bytes."
+    "Cache and its formula are shares of MHA's bytes. Decoding: relative differences of its logits from those of the forward; the last "
+    "but one column is the forward's own difference between bfloat16 and float32, the last in nats."
 )
 
 

@@ -1,7 +1,8 @@
 """Runs of `lab.pretrain` that differ in how they learn: which learning rate suits which architecture.
 
-Rows: arm, attention, seed, tokens, optimizer, per_head, matrix_lr, tuning_loss (nats a token, when the run ended), best. Of an arm's
-runs over most tokens the one of the least tuning loss is the best; shorter ones are first looks. The test text plays no part.
+Rows: arm, seed, tokens, optimizer, per_head, matrix_lr, tuning_loss (nats a token, when the run ended), best. Of an arm's runs over
+most tokens the one of the least tuning loss is the best; shorter ones are first looks. All runs have one seed, which should not be one
+that is reported. The test text plays no part.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from typing import Any
 from kvstack.errors import BadInputError
 from kvstack.eval.architectures import Row, arm, read_run
 from kvstack.eval.page import Table
+from kvstack.lab.optim import MUON
 
-SHARED = ("width", "layers", "heads", "head_dim", "feed_forward", "batch", "lengths", "looks", "other_lr")
+SHARED = ("width", "layers", "heads", "head_dim", "feed_forward", "batch", "lengths", "looks", "other_lr", "seed", "data_seed")
 
 
 def rate_rows(folders: Sequence[Path]) -> list[Row]:
@@ -23,7 +25,7 @@ def rate_rows(folders: Sequence[Path]) -> list[Row]:
         differing += ["corpus"] * (run["corpus"] != runs[0]["corpus"])
         if differing:
             raise BadInputError(f"The runs {folders[0]} and {folder} differ in {', '.join(differing)}. Compare runs that share them.")
-    rows = sorted(map(_row, runs), key=lambda r: (r["arm"], r["tokens"], not r["per_head"], r["matrix_lr"], r["seed"]))
+    rows = sorted(map(_row, runs), key=lambda r: (r["arm"], r["tokens"], _setting(r)))
     for row in rows:
         rivals = [r for r in rows if r["arm"] == row["arm"] and r["tokens"] >= row["tokens"]]
         row["best"] = row is min(rivals, key=lambda r: (-r["tokens"], r["tuning_loss"]))
@@ -32,11 +34,13 @@ def rate_rows(folders: Sequence[Path]) -> list[Row]:
 
 def _row(run: dict[str, Any]) -> Row:
     cfg = run["config"]
-    return {
-        "arm": arm(run), "attention": cfg["attention"]["attention"],
-        **{key: cfg[key] for key in ("seed", "tokens", "optimizer", "per_head", "matrix_lr")},
-        "tuning_loss": run["curve"][-1]["tuning"],
-    }  # fmt: skip
+    own = {key: cfg[key] for key in ("seed", "tokens", "optimizer", "per_head", "matrix_lr")}
+    return {"arm": arm(run), **own, "tuning_loss": run["curve"][-1]["tuning"]}
+
+
+def _setting(row: Row) -> tuple[str, float]:
+    """How a run learnt, as a word (none for Muon head by head), and its rate."""
+    return ("" if row["per_head"] else "whole") if row["optimizer"] == MUON else row["optimizer"], row["matrix_lr"]
 
 
 def are_mine(rows: Sequence[Row]) -> bool:
@@ -46,15 +50,9 @@ def are_mine(rows: Sequence[Row]) -> bool:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """A line for every arm and number of tokens, a column for every setting; a star at the best."""
-    settings = sorted({(not r["per_head"], r["matrix_lr"]) for r in rows})
-    cells = []
-    for name, tokens in sorted({(r["arm"], r["tokens"]) for r in rows}):
-        own = [r for r in rows if (r["arm"], r["tokens"]) == (name, tokens)]
-        found = [[_cell(r) for r in own if (not r["per_head"], r["matrix_lr"]) == setting] for setting in settings]
-        cells.append((name, f"{tokens / 1e6:,.0f} M", *map(", ".join, found)))
-    head = ("arm", "tokens", *(f"{rate:g}{' whole' if whole else ''}" for whole, rate in settings))
+    found = {(r["arm"], r["tokens"], _setting(r)): f"{r['tuning_loss']:.4f}{'*' if r['best'] else ''}" for r in rows}
+    settings = sorted({setting for *_, setting in found})
+    lines = sorted({(name, tokens) for name, tokens, _ in found})
+    cells = [(name, f"{tokens:,}", *(found.get((name, tokens, s), "") for s in settings)) for name, tokens in lines]
+    head = ("arm", "tokens", *(f"{rate:g} {how}".strip() for how, rate in settings))
     return [Table("tuning loss by learning rate", head, cells)]
-
-
-def _cell(row: Row) -> str:
-    return f"{row['tuning_loss']:.4f}{'*' if row['best'] else ''}"

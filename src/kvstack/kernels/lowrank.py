@@ -5,6 +5,9 @@ kernel is `lowrank_hopper`. Not here: the projections B_h^T q before and B_h tim
 all tokens.
 """
 
+from functools import cache
+
+import torch
 from torch import Tensor
 
 from kvstack.kernels import lowrank_reference
@@ -16,7 +19,13 @@ HEAD_DIMS = (64, 128, 256)
 
 def has_kernel(q_shared: Tensor, keys: Tensor) -> bool:
     """Whether a kernel serves queries `[B, H, 1, D]` over such records: 16 bits, a Hopper GPU, and a size of heads that it has."""
-    return keys.dtype.itemsize == 2 and q_shared.shape[-1] in HEAD_DIMS and choose(q_shared.device).name == "hopper"
+    return keys.dtype.itemsize == 2 and q_shared.shape[-1] in HEAD_DIMS and _is_hopper(q_shared.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Looked up once a device: `choose` searches for packages, and a decode step asks for every layer."""
+    return choose(device).name == "hopper"
 
 
 def lowrank_decode(

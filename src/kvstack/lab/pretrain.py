@@ -52,8 +52,7 @@ class PretrainConfig:
 
     lengths: (share of the steps in windows of this length or one before, length), spread evenly. tokens, batch: in tokens. every: steps
     between looks at the first `looks` windows of the tuning and the test text. save: steps between checkpoints. matrix_lr: of Muon or
-    AdamW for matrices;
-    other_lr: of AdamW for the rest. per_head: Muon orthogonalises head by head, see `lab.optim`.
+    AdamW for matrices; other_lr: of AdamW for the rest. per_head: Muon orthogonalises head by head, see `lab.optim`.
     """
 
     attention: dict[str, Any] = field(default_factory=lambda: {"attention": "mha"})
@@ -161,7 +160,7 @@ def pretrain(
     stop: int | None = None,
     report: Report = print,
 ) -> dict[str, Any]:
-    """Train and write the folder `out`; returns what `pretrain.json` holds. All processes of the world call it.
+    """Train and write the folder `out`. All processes of the world call it; the first gets what `pretrain.json` holds.
 
     resume: go on from `out/checkpoint.pt` of a run with the same settings. stop: leave after that step, with a checkpoint. report:
     called with rows of the curve in the first process. Raises BadInputError for batches that do not spread, for a checkpoint of other
@@ -225,27 +224,22 @@ def pretrain(
         if state["step"] % cfg.save == 0 and state["step"] < cfg.steps:
             _checkpoint(out, cfg, text_loss, opts, state, losses, world)
     weights = _checkpoint(out, cfg, text_loss, opts, state, losses, world)
-    facts = _facts(cfg, corpus, text_loss, state, world)
+    facts: dict[str, Any] = {"config": asdict(cfg), "corpus": corpus_facts(corpus), "processes": world.size, **state}
+    finished = state["step"] == cfg.steps
+    if finished:
+        lengths = sorted({n for _, n in cfg.lengths} | {cfg.lengths[-1][1] // 2})
+        facts["test_losses"] = {n: window_losses(text_loss, judged(corpus.test, n, device)) for n in lengths}
     if world.first:
-        trained = DecoderForCausalLM(model.config).to(device)
+        trained = DecoderForCausalLM(model.config).to(device)  # whole, however the one that learnt is spread
         trained.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
-        some = judged(corpus.test, cfg.lengths[0][1], device, 8)[:, :DECODED]
-        facts["decoding"] = decoding_differences(trained, some, some.shape[1] // 8)
+        facts |= {"parameters": trained.num_parameters(), "cache_bytes_per_token": cache_bytes(trained)}
+        if finished:
+            some = judged(corpus.test, cfg.lengths[0][1], device, 8)[:, :DECODED]
+            facts["decoding"] = decoding_differences(trained, some, some.shape[1] // 8)
         # float16 keeps three more bits of every weight than bfloat16 in the same bytes; no weight is near its limits.
         _export(out, trained.half(), facts)
     world.wait()  # none leaves, or reads the folder, before it is written
     return facts
-
-
-def _facts(cfg: PretrainConfig, corpus: Corpus, text_loss: nn.Module, state: dict[str, Any], world: World) -> dict[str, Any]:
-    """What `pretrain.json` holds."""
-    found: dict[str, Any] = {"config": asdict(cfg), "corpus": corpus_facts(corpus), "processes": world.size, **state}
-    if state["step"] == cfg.steps:
-        lengths = sorted({n for _, n in cfg.lengths} | {cfg.lengths[-1][1] // 2})
-        found["test_losses"] = {n: window_losses(text_loss, judged(corpus.test, n, world.device)) for n in lengths}
-    fresh = DecoderForCausalLM(cfg.model())  # whole, however the trained one is spread
-    found |= {"parameters": fresh.num_parameters(), "cache_bytes_per_token": cache_bytes(fresh)}
-    return found
 
 
 @torch.inference_mode()
