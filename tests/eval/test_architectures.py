@@ -59,6 +59,7 @@ def facts(arm: str, seed: int = 0, loss: float | None = None, **changed: Any) ->
         "parameters": 1_000_000 + NUMBERS[arm],
         "cache_bytes_per_token": 16.0 * NUMBERS[arm],
         "decoding": DECODING | {"float32": 1e-7 * (1 + seed)},
+        "environment": {"gpu": {"name": "NVIDIA H200"} if seed else None},
     }
 
 
@@ -83,7 +84,7 @@ def test_a_row_says_what_the_run_did(runs: list[dict[str, Any]]) -> None:
     assert row == {
         "arm": "lrkv(rank=24)", "attention": "lrkv", "rank": 24, "variant": "exact", "seed": 1, "params": 1_000_512,
         "cache_bytes_per_token": 8192.0, "cache_ratio": 0.5, "formula_ratio": 0.5, "tokens": 4000, "matrix_lr": 0.03,
-        "per_head": True, "train_seconds": 9.0, "step_ms": 25.0,
+        "per_head": True, "train_seconds": 9.0, "step_ms": 25.0, "gpu": "NVIDIA H200",
         "test_loss": pytest.approx(1.91), "test_loss_4096": pytest.approx(1.91), "test_loss_8192": pytest.approx(2.51),
         "bits_per_byte": pytest.approx(1.91 / math.log(2) / 4), "steps_to_mha": pytest.approx(0.9),
         "decoding": DECODING | {"float32": 2e-7},
@@ -173,7 +174,7 @@ def test_tables_have_a_line_for_every_arm_and_comparison(runs: list[dict[str, An
     assert line == {
         "arm": "lrkv(rank=24)", "cache %": "50.0", "formula %": "50.0", "bytes/token": "8,192", "parameters": "1,000,512", "seeds": "2",
         "loss": f"1.9050 [{1.905 - half:.4f}, {1.905 + half:.4f}]", "at 4,096": "1.9050", "at 8,192": "2.5050",
-        "bits/byte": f"{1.905 / math.log(2) / 4:.4f}", "steps %": "90.0", "ms a step": "25.0",
+        "bits/byte": f"{1.905 / math.log(2) / 4:.4f}", "steps %": "90.0", "ms a step": "25.0", "on": "CPU, H200",
     }  # fmt: skip
     assert arms.cells[-1][10] == "never" and compared.cells[0][:3] == ("lrkv(rank=24)", "mha", "2")
     assert compared.cells[0][3].startswith("-0.1000 [-0.1")
@@ -191,13 +192,15 @@ def test_pareto_keeps_what_nothing_beats() -> None:
 
 
 def test_pictures_show_every_arm_and_the_best_of_every_kind(runs: list[dict[str, Any]], tmp_path: Path) -> None:
-    rows, curves = run_rows(runs) + comparisons(runs), curve_rows([*runs, facts("lrkv(rank=4, variant=nope)", 2, 9.0)])
+    rows, curves = run_rows(runs) + comparisons(runs), curve_rows([*runs, facts("lrkv(rank=4, variant=nope)", 0, 9.0)])
     (ax,) = cache_figure(rows, "title").axes
     assert {t.get_text() for t in ax.texts} == set(LOSS)
-    tokens, seconds = curve_figure(rows, curves, "title").axes
-    assert (tokens.get_xlabel(), seconds.get_xlabel()) == ("tokens trained on", "seconds, with looks and compilation")
-    assert len(tokens.lines) == 11 and [t.get_text() for t in seconds.get_legend().get_texts()] == [r["arm"] for r in rows[:10:2]]
-    assert list(tokens.lines[0].get_xdata()) == [1000, 2000, 3000, 4000] and list(seconds.lines[0].get_xdata()) == [2, 4, 6, 8]
+    tokens, seconds, less = curve_figure(rows, curves, "title").axes
+    assert (tokens.get_xlabel(), seconds.get_xlabel()) == ("million tokens", "seconds, with looks and compilation")
+    assert len(tokens.lines) == 11 and [t.get_text() for t in tokens.get_legend().get_texts()] == [r["arm"] for r in rows[:10:2]]
+    assert list(tokens.lines[0].get_xdata()) == [0.002, 0.003, 0.004] and list(seconds.lines[0].get_xdata()) == [4, 6, 8]
+    assert all(not line.get_ydata().any() for line in less.lines[:2]), "MHA less itself, of both seeds"
+    assert max(line.get_ydata()[-1] for line in less.lines) == pytest.approx(9.0 - LOSS["mha"])
     best = run_rows([facts("mha"), facts("lrkv(rank=24)"), facts("lrkv(rank=4, variant=nope)")])
     best[1]["variant"] = "nope"
     assert len(curve_figure(best, curve_rows([facts(r["arm"]) for r in best]), "title").axes[0].lines) == 2

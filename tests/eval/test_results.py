@@ -10,6 +10,22 @@ from kvstack.eval.report import markdown
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "results").glob("*.json"))
+LOW_RANK = {
+    "kernel": "kvstack", "variant": "nope", "B": 32, "N": 32768, "H": 32, "D": 128, "rank": 60, "bytes": 8.6e9, "us": 2000.0,
+    "tb_per_s": 4.3, "speedup_over_best_mha": 1.9, "error": 1.3e-3, "detail": "",
+}  # fmt: skip
+MHA = {
+    "method": "mha", "rank": 64, "reference": False, "cache_ratio": 1.0, "cache_bytes_per_token": 16384.0, "lost_key": 0.0,
+    "lost_value": 0.0, "test_loss": 1.85,
+}  # fmt: skip
+RETROFIT = MHA | {
+    "method": "lrkv", "rank": 24, "cache_ratio": 0.5, "cache_bytes_per_token": 8192.0, "lost_key": 0.03, "lost_value": 0.07,
+    "test_loss": 1.9, "loss_increase": 0.05, "loss_increase_low": 0.04, "loss_increase_high": 0.06,
+}  # fmt: skip
+SVD = RETROFIT | {"method": "per-head", "reference": True, "cache_bytes_per_token": 16384.0}
+AFTER = {
+    "test_loss_after": 1.87, "loss_increase_after": 0.02, "loss_increase_after_low": 0.01, "loss_increase_after_high": 0.03,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -37,6 +53,12 @@ def test_rows_of_benchmarks_have_a_column_per_problem(tmp_path: Path) -> None:
             {"B": 1, "n": 32768, "name": "kvstack", "bits": "4", "us": 1250.0, "tb_s": 3.4, "of_copy": 0.84},
             {"B": 32, "n": 1, "name": "kvstack", "bits": "4", "us": None, "tb_s": None, "of_copy": None},
         ],
+        "| kvstack | nope | 60 | 8.60 | 2,000.0 | 4.30 | 1.90 | 1.3e-03 |": [
+            LOW_RANK,
+            LOW_RANK | {"kernel": "FlashAttention-3", "variant": "mha", "rank": None, "us": None, "reason": "not installed"},
+        ],
+        "| lrkv | 24 | 0.500 | 8,192 | 3.00 | 7.00 | 1.9000 | +0.0500 [+0.0400, +0.0600] |  |  |": [MHA, RETROFIT, SVD | AFTER],
+        "| per-head* | 24 | 0.500 | 16,384 | 3.00 | 7.00 | 1.9000 | +0.0500 [+0.0400, +0.0600] |": [MHA, RETROFIT, SVD],
     }
     environment = {"gpu": None, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
     for line, rows in tables.items():

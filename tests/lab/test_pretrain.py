@@ -67,7 +67,7 @@ def run(out: Path, cfg: PretrainConfig = CONFIG, **options: Any) -> dict[str, An
 def untimed(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts without what a clock says."""
     curve = [{k: v for k, v in row.items() if k not in ("ms", "seconds")} for row in facts["curve"]]
-    return {**{k: v for k, v in facts.items() if k != "seconds"}, "curve": curve}
+    return {**{k: v for k, v in facts.items() if k not in ("seconds", "environment")}, "curve": curve}
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -87,6 +87,7 @@ def test_every_attention_learns_and_is_saved_as_it_is(name: str, tmp_path: Path)
     assert {n: len(losses) for n, losses in facts["test_losses"].items()} == {"32": 18, "64": 9}
     assert fmean(facts["test_losses"]["32"][:4]) == pytest.approx(curve[-1]["test"], rel=1e-6)
     assert facts["config"] == json.loads(json.dumps(asdict(cfg))) and facts["corpus"]["digest"] == "markov"
+    assert facts["environment"]["torch"] == torch.__version__ and facts["environment"]["gpu"] is None
 
     trained = DecoderForCausalLM(cfg.model()).eval()
     trained.load_state_dict({k.removeprefix("model."): v for k, v in weights(tmp_path).items()})

@@ -1,9 +1,6 @@
 """`kvstack convert`: a pretrained MHA model as LRKV or GQA, the loss that it costs, and a short distillation that wins some of it back.
 
-Rows of `--json`: one of the model that came in (`mha`), one of every method measured. `cache_ratio` is the cache of the structure over
-that of the model that came in; `cache_bytes_per_token` is measured, in bf16. References (`reference`: true) are MHA with weights of the
-structure's rank: their cache is as large as it was, and only their loss counts. Losses are nats a token over windows of the test text,
-increases are paired over the windows. Conversion and distillation are the business of `attention.convert` and `lab.distil`.
+Rows of `--json` are those of `eval.retrofit`. Conversion and distillation are the business of `attention.convert` and `lab.distil`.
 """
 
 from pathlib import Path
@@ -13,7 +10,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
 from kvstack import artefact
@@ -22,7 +18,8 @@ from kvstack.attention.convert import METHODS, REFERENCES, Cost
 from kvstack.cli.compare import command_line, print_wide
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError
-from kvstack.eval import metrics
+from kvstack.eval import metrics, retrofit
+from kvstack.eval.retrofit import Row
 from kvstack.lab.corpus import Corpus, as_tensor, judged, load_corpus, places, windows
 from kvstack.lab.distil import DistilConfig, distil
 from kvstack.lab.pretrain import TextLoss, cache_bytes, window_losses
@@ -38,7 +35,6 @@ kvstack convert out/mha --to gqa --rank 24 --corpus out/corpus.npz --out out/gqa
 TARGETS = ("lrkv", "gqa")
 LONGEST = 2048  # tokens of a window, or the model's context if that is less
 AT_ONCE = 8192  # tokens that calibration runs at a time
-Row = dict[str, Any]
 
 
 def convert(
@@ -90,7 +86,9 @@ def convert(
             rows[1] |= _loss("_after", window_losses(TextLoss(new), test), before)
     new.to(kept).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    _show(rows, f"{model}, {len(test)} windows of {length} tokens")
+    for table in retrofit.tables(rows):
+        print_wide(table._replace(title=f"{model}, {len(test)} windows of {length} tokens").terminal())
+    Console().print(retrofit.NOTE)
     if json_out:
         write_results(json_out, command_line(), rows)
     for written in (out, *([json_out] if json_out else [])):
@@ -139,21 +137,3 @@ def _loss(when: str, losses: list[float], before: list[float]) -> Row:
     """The test loss, and how much more that is than before, with its 95 % interval over windows."""
     more, name = metrics.paired(losses, before), f"loss_increase{when}"
     return {f"test_loss{when}": metrics.mean(losses).mean, name: more.mean, f"{name}_low": more.low, f"{name}_high": more.high}
-
-
-def _show(rows: list[Row], title: str) -> None:
-    """Print the rows."""
-    distilled = any("test_loss_after" in row for row in rows)
-    heads = ("method", "rank", "of MHA's cache", "bytes/token", "lost K %", "lost V %", "test loss", "increase")
-    caption = "Brackets are 95 % intervals over windows. *: MHA with weights of that structure, for its loss; its cache is not smaller."
-    table = Table(*heads, *(["distilled", "increase"] if distilled else []), title=title, title_justify="left", caption=caption)
-    for row in rows:
-        cells = [row["method"] + "*" * row["reference"], str(row["rank"]), f"{row['cache_ratio']:.3f}"]
-        cells.append(f"{row['cache_bytes_per_token']:,.0f}")
-        cells += [f"{100 * row[name]:.2f}" for name in ("lost_key", "lost_value")]
-        for when in ("", "_after"):
-            loss, more = f"test_loss{when}", f"loss_increase{when}"
-            cells.append(f"{row[loss]:.4f}" if loss in row else "")
-            cells.append(f"{row[more]:+.4f} [{row[f'{more}_low']:+.4f}, {row[f'{more}_high']:+.4f}]" if more in row else "")
-        table.add_row(*cells[: len(table.columns)])
-    print_wide(table)

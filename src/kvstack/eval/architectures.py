@@ -4,7 +4,7 @@ An *arm* is an attention with its arguments, as `attention.words` writes it. Row
 
     of runs          arm, attention, rank, variant, seed, params, cache_bytes_per_token, cache_ratio, formula_ratio, tokens, matrix_lr,
                      per_head, test_loss (at the first training length), test_loss_N (at the others), bits_per_byte, steps_to_mha,
-                     step_ms, train_seconds, decoding (see `attention.equality`)
+                     step_ms, train_seconds, gpu (None on a CPU), decoding (see `attention.equality`)
     of comparisons   arm, against, seeds, difference (of test_loss), low, high, over_windows [2], over_seeds [2] or None
 
 Differences are paired. Windows say how sure we are of these weights, seeds how sure of the architecture; `low` and `high` are of the
@@ -30,6 +30,7 @@ Row = dict[str, Any]
 Run = dict[str, Any]  # what pretrain.json holds
 SHARED = ("width", "layers", "heads", "head_dim", "feed_forward", "rope_theta", "tokens", "batch", "lengths", "looks")
 CURVE = ("step", "tokens", "loss", "ms", "tuning", "test", "seconds")
+LOSSES = ("test loss (nats a token)", "test loss (nats a token)", "test loss less MHA's of the same seed")
 NOTE = (
     "Brackets are 95 % intervals; of arms over seeds, of differences the wider of those over windows and over seeds. "
     "Cache and its formula are shares of MHA's bytes. Decoding: relative differences of its logits from those of the forward; the last "
@@ -132,6 +133,7 @@ def _run_row(run: Run, mha: Run) -> Row:
         "steps_to_mha": None if steps is None else steps / curve[-1]["step"],
         "step_ms": statistics.median(r["ms"] for r in curve),
         "train_seconds": run["seconds"],
+        "gpu": (run["environment"]["gpu"] or {}).get("name"),
         "decoding": run["decoding"],
     }
 
@@ -177,7 +179,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     compared, arms = [r for r in rows if "against" in r], _by_arm(rows)
     lengths = [key for key in rows[0] if key.startswith("test_loss_")]
     at = [f"at {int(key.rpartition('_')[2]):,}" for key in lengths]
-    head = ("arm", "cache %", "formula %", "bytes/token", "parameters", "seeds", "loss", *at, "bits/byte", "steps %", "ms a step")
+    head = ("arm", "cache %", "formula %", "bytes/token", "parameters", "seeds", "loss", *at, "bits/byte", "steps %", "ms a step", "on")
     out = [Table("architectures", head, [_arm_cells(name, own, lengths) for name, own in arms.items()])]
     head = ("arm", "in float32", "in bfloat16", "cached in bfloat16", "forward in bfloat16", "loss in bfloat16")
     out.append(Table("decoding against the forward", head, [_decoding_cells(name, own) for name, own in arms.items()]))
@@ -210,6 +212,7 @@ def _arm_cells(name: str, own: Sequence[Row], lengths: Sequence[str]) -> tuple[s
         f"{statistics.fmean(r['bits_per_byte'] for r in own):.4f}",
         "never" if None in steps else f"{100 * statistics.fmean(steps):.1f}",
         f"{statistics.median(r['step_ms'] for r in own):.1f}",
+        ", ".join(sorted({(r["gpu"] or "CPU").removeprefix("NVIDIA ") for r in own})),
     )
 
 
@@ -263,27 +266,30 @@ def cache_figure(rows: Sequence[Row], title: str) -> Any:
 
 
 def curve_figure(rows: Sequence[Row], curves: Sequence[Row], title: str) -> Any:
-    """Test loss while training, against tokens and against seconds: the best arm of every architecture, a line for each seed."""
+    """Test loss while training, against tokens and seconds, and less MHA's of the same seed: the best arm of every architecture."""
     from matplotlib.figure import Figure
 
     best: dict[tuple[str, str | None], tuple[float, str, Row]] = {}
     for name, own in _by_arm(rows).items():
         key, loss = (own[0]["attention"], own[0]["variant"]), statistics.fmean(r["test_loss"] for r in own)
         best[key] = min(best.get(key, (math.inf, name, own[0])), (loss, name, own[0]), key=lambda b: b[0])
-    fig: Any = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = fig.subplots(1, 2, sharey=True)
-    for ax, column in zip(axes, ("tokens", "seconds"), strict=True):
-        for _, name, row in best.values():
-            for i, held in enumerate(c["curve"] for c in curves if c["arm"] == name):
-                ax.plot(held[column], held["test"], color=_colour(row), linewidth=1.2, label=None if i else name)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 100 else f"{x:g}")
-        ax.set_xlabel({"tokens": "tokens trained on", "seconds": "seconds, with looks and compilation"}[column])
+    mha = {c["seed"]: c["curve"]["test"] for c in curves if c["arm"] == "mha"}
+    # What happens in the first quarter is the same everywhere, and would flatten the rest.
+    first = len(curves[0]["curve"]["test"]) // 4
+    fig: Any = Figure(figsize=(14, 4.6), layout="constrained")
+    axes = fig.subplots(1, 3)
+    for _, name, row in best.values():
+        for i, curve in enumerate(c for c in curves if c["arm"] == name):
+            held, style = curve["curve"], {"color": _colour(row), "linewidth": 1.2, "label": None if i else name}
+            tokens, loss = [n / 1e6 for n in held["tokens"][first:]], held["test"][first:]
+            axes[0].plot(tokens, loss, **style)
+            axes[1].plot(held["seconds"][first:], loss, **style)
+            axes[2].plot(tokens, np.subtract(loss, mha[curve["seed"]][first:]), **style)
+    for ax, x, y in zip(axes, ("million tokens", "seconds, with looks and compilation", "million tokens"), LOSSES, strict=True):
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
         ax.grid(alpha=0.25)
-    # What happens in the first fifth is the same everywhere, and would flatten the rest.
-    late = [loss for c in curves for loss in c["curve"]["test"][len(c["curve"]["test"]) // 5 :]]
-    axes[0].set_ylim(min(late) - 0.02, max(late))
-    axes[0].set_ylabel("test loss (nats a token)")
-    axes[1].legend(fontsize=8, frameon=False)
+    axes[0].legend(fontsize=8, frameon=False)
     fig.suptitle(title, x=0.01, ha="left", fontsize=12)
     return fig
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvstack.eval import architectures, curves, page, rates
+from kvstack.eval import architectures, curves, page, rates, retrofit
 
 Row = dict[str, Any]
 
@@ -113,7 +113,7 @@ def markdown(files: Sequence[Path]) -> str:
 def _shown(rows: Sequence[dict[str, Any]]) -> list[page.Table]:
     if curves.are_mine(rows):
         return curves.compact(rows)
-    found = next((study for study in (architectures, rates) if study.are_mine(rows)), None)
+    found = next((study for study in (architectures, rates, retrofit) if study.are_mine(rows)), None)
     return found.tables(rows) if found else [_as_table(_lines(rows))]
 
 
@@ -135,6 +135,8 @@ def _legend(row: dict[str, Any]) -> str:
         return (
             "Columns: rows x new tokens. In brackets: bytes read and written over the time, in units of a device copy's bandwidth.\n\n"
         )
+    if "tb_per_s" in row:
+        return f"{row['B']} rows of {row['N']:,} tokens, {row['H']} heads of {row['D']}.\n\n"
     if "N" in row and "error" in row:
         return "Columns: tokens of a row. RMS of the error over RMS of the output, against float64 on the same codes.\n\n"
     return ""
@@ -160,6 +162,8 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             }
             for row in rows
         ]
+    if "tb_per_s" in rows[0]:
+        return [_low_rank(row) for row in sorted((r for r in rows if r["us"]), key=lambda r: float(r["us"]))]
     if "error" in rows[0] and not {"us", "ms"} & rows[0].keys():
         errors: dict[str, dict[str, str]] = {}
         for row in rows:
@@ -167,6 +171,16 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             line[f"{row['N']:,}"] = "-" if row["error"] is None else f"{row['error']:.1e}"
         return list(errors.values())
     return _speeds(rows) if "bits" in rows[0] else []
+
+
+def _low_rank(row: dict[str, Any]) -> dict[str, str]:
+    """Cells of a row of `bench lowrank`."""
+    what = {"kernel": row["kernel"], "variant": row["variant"], "rank": str(row["rank"] or "-"), "GB": f"{row['bytes'] / 1e9:.2f}"}
+    faster = row["speedup_over_best_mha"]
+    return what | {
+        "µs": f"{row['us']:,.1f}", "TB/s": f"{row['tb_per_s']:.2f}", "x best MHA": "-" if faster is None else f"{faster:.2f}",
+        "error": f"{row['error']:.1e}",
+    }  # fmt: skip
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -30,6 +30,7 @@ from kvstack import artefact
 from kvstack.attention import DecoderConfig, DecoderForCausalLM
 from kvstack.attention.equality import decoding_differences
 from kvstack.attention.pooled_cache import PooledCache
+from kvstack.environment import environment
 from kvstack.errors import BadInputError
 from kvstack.lab.corpus import Corpus, as_tensor, corpus_facts, judged, places, windows
 from kvstack.lab.optim import MUON, optimizers, schedule
@@ -224,7 +225,8 @@ def pretrain(
         if state["step"] % cfg.save == 0 and state["step"] < cfg.steps:
             _checkpoint(out, cfg, text_loss, opts, state, losses, world)
     weights = _checkpoint(out, cfg, text_loss, opts, state, losses, world)
-    facts: dict[str, Any] = {"config": asdict(cfg), "corpus": corpus_facts(corpus), "processes": world.size, **state}
+    facts: dict[str, Any] = {"config": asdict(cfg), "corpus": corpus_facts(corpus), **state}
+    facts |= {"processes": world.size, "environment": environment()}
     finished = state["step"] == cfg.steps
     if finished:
         lengths = sorted({n for _, n in cfg.lengths} | {cfg.lengths[-1][1] // 2})
