@@ -51,10 +51,11 @@ class LowRankAttention(nn.Module):
         for up in (self.k_up, self.v_up):
             # `|U_h B_h^T|` a tenth of `|W_s|`, and latents as large as their input (the paper's section 3.4).
             up.init_std = 0.1 / math.sqrt(max(1, self.rank))  # type: ignore[assignment]
-        # See `lab.optim`. The shared part moves as far as a head of MHA's would. Each of two factors moves half as far: their product
-        # moves by both.
+        # See `lab.optim`. Where the residual has a position of its own, its heads are no sum with the shared part, which moves by
+        # itself then, as far as a head of MHA's would.
         self.updates = {"q_proj": (self.heads, 1.0)} | dict.fromkeys(("k_shared", "v_shared"), (1, math.sqrt(self.heads)))
-        self.updates |= dict.fromkeys(("k_down", "v_down", "k_up", "v_up"), (self.heads, 0.5))
+        shared = "k_shared" if config.variant == "exact" else None
+        self.sums = ((shared, "k_up", "k_down"), ("v_shared", "v_up", "v_down")) if self.rank else ()
         self.rotary = LlamaRotaryEmbedding(config)  # a decoder puts its own here
 
     def forward(

@@ -97,6 +97,7 @@ def gather_state(model: nn.Module, opts: list[torch.optim.Optimizer]) -> dict[st
 def scatter_state(model: nn.Module, opts: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
     """Load what `gather_state` gave; processes but the first may give an empty dict. All processes call it."""
     options = _TAKE if dist.is_initialized() else StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, state.get("model", {}), options=options)
     for i, opt in enumerate(opts):
         set_optimizer_state_dict(model, opt, state.get(f"opt{i}", {}), options=options)
+    # Last: an optimiser's state is made by a step of length zero, which may write a matrix in other factors.
+    set_model_state_dict(model, state.get("model", {}), options=options)

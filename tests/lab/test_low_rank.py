@@ -1,0 +1,155 @@
+"""Least gradients against those they stand for, the nearest low-rank matrix against the SVD, and LRKV that learns as MHA does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kvstack.attention import DecoderForCausalLM, words
+from kvstack.lab.low_rank import full_precision, least_gradients, nearest
+from kvstack.lab.optim import MUON, Muon, Sum, head_sums, optimizers
+from kvstack.lab.pretrain import TextLoss, small
+
+torch.set_num_threads(1)
+N, H, D, WIDTH = 2, 4, 16, 48
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def factors(rank: int) -> tuple[Tensor, Tensor]:
+    """Of every head: an orthonormal `up`, as steps leave it, and a `down`."""
+    return torch.linalg.qr(random(N, H, D, rank))[0], random(N, H, rank, WIDTH, seed=1)
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 16])
+def test_least_gradients_explain_those_of_the_factors(rank: int) -> None:
+    (up, down), gradient = factors(rank), random(N, H, D, WIDTH, seed=2)
+    known = up, down, gradient @ down.mT, up.mT @ gradient
+    found = least_gradients(*known)
+    assert error(found @ down.mT, gradient @ down.mT) < 1e-4 and error(up.mT @ found, up.mT @ gradient) < 1e-4
+    assert (found.flatten(2).norm(dim=2) < 1.001 * gradient.flatten(2).norm(dim=2)).all(), "they are the least that do"
+    inside = up @ random(N, H, rank, WIDTH, seed=3) + random(N, H, D, rank, seed=4) @ down
+    assert error(least_gradients(up, down, inside @ down.mT, up.mT @ inside), inside) < 1e-4, "what factors can follow is whole"
+    shared = gradient.sum(1)
+    with_sum = least_gradients(*known, shared)
+    assert error(with_sum.sum(1), shared) < 1e-5
+    assert error(with_sum, gradient) < error(found, gradient) or rank == D, "the sum tells something of every head"
+    if rank == D:
+        assert error(found, gradient) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 16])
+def test_the_nearest_matrix_is_that_of_the_svd(rank: int) -> None:
+    up, down = factors(rank)
+    moved = up @ down + 0.05 * random(N, H, D, WIDTH, seed=5)
+    u, s, v = torch.linalg.svd(moved, full_matrices=False)
+    best = u[..., :rank] * s[..., None, :rank] @ v[..., :rank, :]
+    new_up, new_down = nearest(moved, up)
+    assert error(new_up @ new_down, best) < 0.01
+    assert torch.allclose(new_up.mT @ new_up, torch.eye(rank), atol=1e-3)
+    assert error(new_up, up) < 0.2, "a basis turns little, so that means over time are of one basis"
+    again = nearest(new_up @ new_down, new_up)
+    assert error(again[0], new_up) < 1e-3 and error(again[0] @ again[1], new_up @ new_down) < 1e-4
+
+
+def test_precision_is_full_only_inside() -> None:
+    was = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(KeyError), full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(was)
+
+
+def test_nothing_is_divided_by_what_is_not_there() -> None:
+    up, nothing = factors(3)[0], torch.zeros(N, H, 3, WIDTH)
+    gradient = random(N, H, D, WIDTH, seed=2)
+    found = least_gradients(up, nothing, torch.zeros(N, H, D, 3), up.mT @ gradient)
+    assert error(found, up @ (up.mT @ gradient)) < 1e-4, "without latents only they have a gradient"
+    assert all(x.isfinite().all() for x in nearest(torch.zeros(N, H, D, WIDTH), up))
+
+
+def like(mha: DecoderForCausalLM, rank: int) -> DecoderForCausalLM:
+    """LRKV of full rank with the weights of `mha`: the shared part is the mean head."""
+    out = DecoderForCausalLM(replace(small(), attention={"attention": "lrkv", "rank": rank}).model())
+    out.load_state_dict(mha.state_dict(), strict=False)
+    with torch.no_grad():
+        for new, old in zip(out.model.layers, mha.model.layers, strict=True):
+            for name in "kv":
+                heads = getattr(old.self_attn, f"{name}_proj").weight.unflatten(0, (4, -1))
+                mean = heads.mean(0)
+                up = torch.linalg.qr(random(4, 16, rank))[0]
+                for part, x in (("shared", mean), ("up", up.flatten(0, 1)), ("down", (up.mT @ (heads - mean)).flatten(0, 1))):
+                    getattr(new.self_attn, f"{name}_{part}").weight.copy_(x)
+    return out
+
+
+def losses(model: DecoderForCausalLM, per_head: bool = True) -> list[float]:
+    x, out = torch.randint(5, 4000, (4, 65), generator=torch.Generator().manual_seed(0)), []
+    opts = optimizers(model, MUON, 0.05, 3e-3, per_head=per_head)
+    for _ in range(8):
+        loss = TextLoss(model)(x)
+        loss.backward()
+        out.append(loss.item())
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    return out
+
+
+def test_at_full_rank_lrkv_learns_as_mha_does() -> None:
+    torch.manual_seed(0)
+    mha = DecoderForCausalLM(small().model())
+    ours, whole = like(mha, 16), like(mha, 16)
+    wanted = losses(mha)
+    assert wanted[0] - wanted[-1] > 1
+    assert losses(ours) == pytest.approx(wanted, abs=5e-4), "sums in bfloat16 round differently"
+    assert max(abs(a - b) for a, b in zip(losses(whole, per_head=False), wanted, strict=True)) > 2e-3, "which is no matter of course"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_move_by_a_step_whatever_their_factors_are(shared: bool) -> None:
+    """Factors of a hundredth and of a hundred times the size are the same heads, and move alike."""
+    gradient, displaced = random(H, D, WIDTH, seed=2), []
+    for size in (0.01, 1.0, 100.0):
+        common, (up, down) = nn.Parameter(random(D, WIDTH, seed=6)), (nn.Parameter(x[0].flatten(0, 1)) for x in factors(3))
+        with torch.no_grad():
+            up.mul_(size)
+            down.div_(size)
+        heads = [common.detach() * shared + up.unflatten(0, (H, D)) @ down.unflatten(0, (H, 3))]
+        opt = Muon([common, up, down], lr=0.1, scale="spectral", weight_decay=0.0, sums=[Sum(common if shared else None, up, down, H)])
+        up.grad = (gradient @ down.unflatten(0, (H, 3)).mT).flatten(0, 1).detach()
+        down.grad = (up.unflatten(0, (H, D)).mT @ gradient).flatten(0, 1).detach()
+        common.grad = gradient.sum(0) if shared else None
+        opt.step()
+        heads.append(common.detach() * shared + up.unflatten(0, (H, D)) @ down.unflatten(0, (H, 3)))
+        displaced.append((heads[1] - heads[0]).detach())
+    step = 0.1 * (H * D / WIDTH) ** 0.5 * (min(H * D, WIDTH) / (H * D)) ** 0.5
+    for d in displaced:
+        assert error(d, displaced[1]) < 0.02
+        assert 0.5 * step < torch.linalg.matrix_norm(d, 2).max() < 1.5 * step
+        assert ((d * gradient).sum((1, 2)) < 0).all(), "downhill"
+
+
+@pytest.mark.parametrize("attention", ["mha", "gqa(kv_heads=2)", "lrkv(rank=0)", "lrkv(rank=3)", "lrkv(rank=3, variant=nope)"])
+def test_lrkv_says_which_parts_are_one_head(attention: str) -> None:
+    model = DecoderForCausalLM(replace(small(), attention=words.read(attention)).model())
+    sums, layers = head_sums(model), len(model.model.layers)
+    assert len(sums) == (2 * layers if "rank=3" in attention else 0)
+    for s in sums:
+        assert s.up.shape == (s.heads * 16, 3) and s.down.shape == (s.heads * 3, 64)
+        assert s.shared is None or s.shared.shape == (16, 64)
+    # With RoPE on one part alone, keys are no sum of both.
+    assert sum(s.shared is None for s in sums) == (layers if "nope" in attention else 0)
+    muons = [optimizers(model, MUON, 0.1, 0.1, per_head=per_head)[0] for per_head in (True, False)]
+    assert [len(m.sums) for m in muons if isinstance(m, Muon)] == [len(sums), 0]
