@@ -117,28 +117,36 @@ def test_at_full_rank_lrkv_learns_as_mha_does() -> None:
     assert max(abs(a - b) for a, b in zip(losses(whole, per_head=False), wanted, strict=True)) > 2e-3, "which is no matter of course"
 
 
+def whole(common: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of heads, and the heads, whose shared part is `common`."""
+    u, z = up.detach().unflatten(0, (H, D)), down.detach().unflatten(0, (H, 3))
+    return u, z, common.detach() + u @ z
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_heads_move_by_a_step_whatever_their_factors_are(shared: bool) -> None:
-    """Factors of a hundredth and of a hundred times the size are the same heads, and move alike."""
-    gradient, displaced = random(H, D, WIDTH, seed=2), []
+    """Factors of a hundredth and of a hundred times the size are the same heads, and move alike, also by what they remember."""
+    displaced = []
     for size in (0.01, 1.0, 100.0):
         common, (up, down) = nn.Parameter(random(D, WIDTH, seed=6)), (nn.Parameter(x[0].flatten(0, 1)) for x in factors(3))
         with torch.no_grad():
             up.mul_(size)
             down.div_(size)
-        heads = [common.detach() * shared + up.unflatten(0, (H, D)) @ down.unflatten(0, (H, 3))]
         opt = Muon([common, up, down], lr=0.1, scale="spectral", weight_decay=0.0, sums=[Sum(common if shared else None, up, down, H)])
-        up.grad = (gradient @ down.unflatten(0, (H, 3)).mT).flatten(0, 1).detach()
-        down.grad = (up.unflatten(0, (H, D)).mT @ gradient).flatten(0, 1).detach()
-        common.grad = gradient.sum(0) if shared else None
-        opt.step()
-        heads.append(common.detach() * shared + up.unflatten(0, (H, D)) @ down.unflatten(0, (H, 3)))
-        displaced.append((heads[1] - heads[0]).detach())
-    step = 0.1 * (H * D / WIDTH) ** 0.5 * (min(H * D, WIDTH) / (H * D)) ** 0.5
-    for d in displaced:
-        assert error(d, displaced[1]) < 0.02
-        assert 0.5 * step < torch.linalg.matrix_norm(d, 2).max() < 1.5 * step
-        assert ((d * gradient).sum((1, 2)) < 0).all(), "downhill"
+
+        for step in range(3):
+            gradient, (u, z, before) = random(H, D, WIDTH, seed=20 + step), whole(common, up, down)
+            up.grad, down.grad = (gradient @ z.mT).flatten(0, 1), (u.mT @ gradient).flatten(0, 1)
+            common.grad = gradient.sum(0) if shared else None
+            opt.step()
+            displaced.append(whole(common, up, down)[2] - before)
+            if step == 0:
+                assert ((displaced[-1] * gradient).sum((1, 2)) < 0).all(), "downhill"
+    wanted = 0.1 * (H * D / WIDTH) ** 0.5 * (min(H * D, WIDTH) / (H * D)) ** 0.5
+    for step in range(3):
+        small_ones, plain, large_ones = displaced[step::3]
+        assert error(small_ones, plain) < 0.03 and error(large_ones, plain) < 0.03
+        assert 0.5 * wanted < torch.linalg.matrix_norm(plain, 2).max() < 1.5 * wanted
 
 
 @pytest.mark.parametrize("attention", ["mha", "gqa(kv_heads=2)", "lrkv(rank=0)", "lrkv(rank=3)", "lrkv(rank=3, variant=nope)"])

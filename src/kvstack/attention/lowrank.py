@@ -51,8 +51,8 @@ class LowRankAttention(nn.Module):
         for up in (self.k_up, self.v_up):
             # `|U_h B_h^T|` a tenth of `|W_s|`, and latents as large as their input (the paper's section 3.4).
             up.init_std = 0.1 / math.sqrt(max(1, self.rank))  # type: ignore[assignment]
-        # See `lab.optim`. Where the residual has a position of its own, its heads are no sum with the shared part, which moves by
-        # itself then, as far as a head of MHA's would.
+        # See `lab.optim`. Keys of nope are no sum of matrices, since RoPE turns the shared part alone; that moves by itself then, as
+        # far as a head of MHA's would.
         self.updates = {"q_proj": (self.heads, 1.0)} | dict.fromkeys(("k_shared", "v_shared"), (1, math.sqrt(self.heads)))
         shared = "k_shared" if config.variant == "exact" else None
         self.sums = ((shared, "k_up", "k_down"), ("v_shared", "v_up", "v_down")) if self.rank else ()

@@ -4,8 +4,9 @@ Factors that are orthogonalised each for itself learn worse than the matrices th
 are, and S by a whole step however little the heads agree. So heads move as Muon moves dense ones, as far as rank r lets them:
 
     gradients   known are U_h^T G_h, G_h Z_h^T and sum_h G_h (of S). `least_gradients` are those parts of the G_h, and of what is left
-                of the sum an equal share for every head; without a rank that is MQA's gradient, at full rank MHA's. What is known are
-                means over time. Factors turn little from step to step, so these stay those of one basis
+                of the sum an equal share for every head; without a rank that is MQA's gradient, at full rank MHA's
+    means       over time are kept as what they are to the factors, and after a step become what they are to the new ones: a
+                factor's own mean would be one of gradients by factors that are no more
     steps       O_h, these orthogonalised, `[H, D, d]`
     back        S takes the mean of the O_h, and the residual less the rest of its O_h is brought back to rank r by one step of subspace
                 iteration from U_h, which it leaves orthonormal (`nearest`)

@@ -100,16 +100,23 @@ class Muon(torch.optim.Optimizer):
         rows = sums[0].up.shape[0] // heads
         ups, downs, shared = [s.up for s in sums], [s.down for s in sums], [s.shared for s in sums if s.shared is not None]
         up, down = (_whole(own).unflatten(1, (heads, -1)) for own in (ups, downs))  # [n, H, D, r], [n, H, r, d]
-        up_grad, down_grad = (self._ahead(own, momentum).unflatten(1, (heads, -1)) for own in (ups, downs))
-        grads = least_gradients(up, down, up_grad, down_grad, self._ahead(shared, momentum) if shared else None)
+        parts = [own for own in (ups, downs, shared) if own]
+
+        def of_heads(of_ups: Tensor, of_downs: Tensor, of_shared: Tensor | None = None) -> Tensor:
+            return least_gradients(up, down, of_ups.unflatten(1, (heads, -1)), of_downs.unflatten(1, (heads, -1)), of_shared)
+
+        ahead = of_heads(*(self._ahead(own, momentum) for own in parts))  # [n, H, D, d]
+        mean = of_heads(*(_whole([self.state[p]["momentum"] for p in own]) for own in parts))
         scale = self.scale(heads * rows, columns) * _of_heads(heads, rows, columns)
-        updates = lr * scale * orthogonalised(grads.flatten(0, 1)).view(grads.shape).to(grads.dtype)  # [n, H, D, d]
+        updates = lr * scale * orthogonalised(ahead.flatten(0, 1)).view(ahead.shape).to(ahead.dtype)
         common = updates.mean(1)
-        kept = (1 - lr * weight_decay) * (up @ down) - updates + (common[:, None] if shared else 0.0)
-        up, down = nearest(kept, up)
-        for own, new in ((ups, up), (downs, down)):
-            for p, x in zip(own, new.flatten(1, 2), strict=True):
+        residual = (1 - lr * weight_decay) * (up @ down) - updates + (common[:, None] if shared else 0.0)
+        new_up, new_down = nearest(residual, up)
+        # What the mean is to the new factors. That of a shared part is what it was.
+        for own, new, kept in ((ups, new_up, mean @ new_down.mT), (downs, new_down, new_up.mT @ mean)):
+            for p, x, m in zip(own, new.flatten(1, 2), kept.flatten(1, 2), strict=True):
                 p.copy_(_cut(x, p))
+                self.state[p]["momentum"].copy_(_cut(m, p))
         for p, x in zip(shared, common if shared else (), strict=True):
             p.mul_(1 - lr * weight_decay).sub_(_cut(x, p))
 

@@ -131,7 +131,7 @@ def train_model(
         state = {k: v for k, v in json.loads((resume / "training.json").read_text()).items() if k in state}
     model = model.to(device).train()
     first = state["steps"]
-    opts = optimizers(model, MUON, cfg.muon_lr, cfg.adam_lr, scale="rms")
+    opts = optimizers(model, MUON, cfg.muon_lr, cfg.adam_lr, scale="rms", per_head=True)  # Qwen3 says nothing of heads
     loss_fn = weighted_loss
     if cfg.compile:
         # One layer at a time: every layer shares the same compiled code, and each length costs one compilation.
