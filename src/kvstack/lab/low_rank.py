@@ -5,9 +5,8 @@ are, and S by a whole step however little the heads agree. So heads move as Muon
 
     gradients   known are U_h^T G_h, G_h Z_h^T and sum_h G_h (of S). `least_gradients` are those parts of the G_h, and of what is left
                 of the sum an equal share for every head; without a rank that is MQA's gradient, at full rank MHA's
-    means       over time are kept as what they are to the factors, and after a step become what they are to the new ones: a
-                factor's own mean would be one of gradients by factors that are no more
-    steps       O_h, these orthogonalised, `[H, D, d]`
+    steps       O_h, means over time of these, orthogonalised, `[H, D, d]`. Means of the factors' gradients would not do: they are of
+                factors that are no more
     back        S takes the mean of the O_h, and the residual less the rest of its O_h is brought back to rank r by one step of subspace
                 iteration from U_h, which it leaves orthonormal (`nearest`)
 

@@ -50,7 +50,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with Nesterov's look ahead.
 
     Takes matrices alone. weight_decay is decoupled, as in AdamW. scale: see the module. updates: of parameters that are orthogonalised
-    head by head, how many heads their rows are, and a factor on their updates. sums: parameters that move together.
+    head by head, how many heads their rows are, and a factor on their updates. sums: parameters that move together; their momentum is
+    that of whole heads, `[H, D, d]`, and kept with `up`.
     """
 
     def __init__(
@@ -86,7 +87,10 @@ class Muon(torch.optim.Optimizer):
             self._step(params, heads, factor * self.scale(*shape), **how)
 
     def _step(self, params: list[Tensor], heads: int, scale: float, lr: float, momentum: float, weight_decay: float) -> None:
-        whole = self._ahead(params, momentum)
+        grads = [p.grad for p in params if p.grad is not None]
+        means = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        torch._foreach_lerp_(means, grads, 1 - momentum)
+        whole = _whole(torch._foreach_lerp(grads, means, momentum))
         rows, columns = whole.shape[1] // heads, whole.shape[2]
         updates = orthogonalised(whole.view(-1, rows, columns)).reshape(whole.shape).to(whole.dtype)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -100,32 +104,23 @@ class Muon(torch.optim.Optimizer):
         rows = sums[0].up.shape[0] // heads
         ups, downs, shared = [s.up for s in sums], [s.down for s in sums], [s.shared for s in sums if s.shared is not None]
         up, down = (_whole(own).unflatten(1, (heads, -1)) for own in (ups, downs))  # [n, H, D, r], [n, H, r, d]
-        parts = [own for own in (ups, downs, shared) if own]
-
-        def of_heads(of_ups: Tensor, of_downs: Tensor, of_shared: Tensor | None = None) -> Tensor:
-            return least_gradients(up, down, of_ups.unflatten(1, (heads, -1)), of_downs.unflatten(1, (heads, -1)), of_shared)
-
-        ahead = of_heads(*(self._ahead(own, momentum) for own in parts))  # [n, H, D, d]
-        mean = of_heads(*(_whole([self.state[p]["momentum"] for p in own]) for own in parts))
+        known = [_whole([p.grad for p in own if p.grad is not None]) for own in (ups, downs, shared) if own]
+        grads = least_gradients(up, down, *(x.unflatten(1, (heads, -1)) for x in known[:2]), *known[2:])  # [n, H, D, d]
+        means = [self.state[p].setdefault("momentum", torch.zeros_like(g)) for p, g in zip(ups, grads, strict=True)]
+        for p in (*downs, *shared):
+            self.state[p].setdefault("momentum", torch.zeros(()))  # none of their own, but torch's checkpoints ask for some state
+        torch._foreach_lerp_(means, list(grads), 1 - momentum)
+        ahead = torch.lerp(grads, torch.stack(means), momentum)
         scale = self.scale(heads * rows, columns) * _of_heads(heads, rows, columns)
         updates = lr * scale * orthogonalised(ahead.flatten(0, 1)).view(ahead.shape).to(ahead.dtype)
         common = updates.mean(1)
         residual = (1 - lr * weight_decay) * (up @ down) - updates + (common[:, None] if shared else 0.0)
-        new_up, new_down = nearest(residual, up)
-        # What the mean is to the new factors. That of a shared part is what it was.
-        for own, new, kept in ((ups, new_up, mean @ new_down.mT), (downs, new_down, new_up.mT @ mean)):
-            for p, x, m in zip(own, new.flatten(1, 2), kept.flatten(1, 2), strict=True):
+        up, down = nearest(residual, up)
+        for own, new in ((ups, up), (downs, down)):
+            for p, x in zip(own, new.flatten(1, 2), strict=True):
                 p.copy_(_cut(x, p))
-                self.state[p]["momentum"].copy_(_cut(m, p))
         for p, x in zip(shared, common if shared else (), strict=True):
             p.mul_(1 - lr * weight_decay).sub_(_cut(x, p))
-
-    def _ahead(self, params: Sequence[Tensor], momentum: float) -> Tensor:
-        """What the gradients of parameters of one shape are, by Nesterov's look ahead, `[n, out, in]`."""
-        grads = [p.grad for p in params if p.grad is not None]
-        means = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-        torch._foreach_lerp_(means, grads, 1 - momentum)
-        return _whole(torch._foreach_lerp(grads, means, momentum))
 
 
 def _whole(tensors: Sequence[Tensor]) -> Tensor:
