@@ -4,6 +4,8 @@ In exact arithmetic both are one function. In bfloat16 they round at other place
 forward in bfloat16 from itself in float32: where both are alike, decoding loses nothing that bfloat16 had not lost.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -13,12 +15,24 @@ from torch import Tensor
 from transformers import DynamicCache
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 in all of float32, without TF32."""
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(was)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """RMS of the difference over that of `b`."""
     return float((a.double() - b).norm() / b.double().norm())
 
 
 @torch.no_grad()
+@full_precision()
 def decoding_differences(model: Any, ids: Tensor, steps: int) -> dict[str, float | None]:
     """Of the logits after the last `steps` of `ids [B, T]`, decoded one by one, against the forward:
 
@@ -27,18 +41,13 @@ def decoding_differences(model: Any, ids: Tensor, steps: int) -> dict[str, float
     bfloat16_forward        the same of the forward in bfloat16 against the one in float32
     bfloat16_loss           what decoding adds to the mean loss of the text, in bfloat16, nats a token
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     stored, model = None, deepcopy(model).float().eval()
-    try:
-        exact, decoded = _forward(model, ids, steps), _decoded(model, ids, steps, None)
-        if model.config.attention not in ("csa", "hca"):
-            stored = relative(_decoded(model, ids, steps, _Rounded(config=model.config)), exact)
-        for p in model.parameters():  # not RoPE's frequencies, which transformers keeps in float32
-            p.data = p.data.bfloat16()
-        rounded, after = _forward(model, ids, steps), _decoded(model, ids, steps, None)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    exact, decoded = _forward(model, ids, steps), _decoded(model, ids, steps, None)
+    if model.config.attention not in ("csa", "hca"):
+        stored = relative(_decoded(model, ids, steps, _Rounded(config=model.config)), exact)
+    for p in model.parameters():  # not RoPE's frequencies, which transformers keeps in float32
+        p.data = p.data.bfloat16()
+    rounded, after = _forward(model, ids, steps), _decoded(model, ids, steps, None)
     loss = [F.cross_entropy(x[:, :-1].flatten(0, 1).float(), ids[:, 1 - steps :].flatten()).item() for x in (rounded, after)]
     return {
         "float32": relative(decoded, exact), "bfloat16": relative(after, rounded), "bfloat16_stored": stored,

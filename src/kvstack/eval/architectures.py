@@ -46,6 +46,8 @@ def read_run(folder: Path) -> Run:
         raise BadInputError(f"{folder} is not the folder of a run. Make one with `kvstack lab pretrain --out {folder}`.") from e
     if "test_losses" not in run:
         raise BadInputError(f"The run {folder} is not finished. Go on with --resume, or leave it out.")
+    if not {"decoding", "environment"} <= run.keys():
+        raise BadInputError(f"The run {folder} is of an older version, which kept less. Train it again, or leave it out.")
     return run
 
 

@@ -6,7 +6,7 @@ A matrix is a parameter of two dimensions that is neither the embedding nor the 
     per head    the heads' rows of an attention's projections, each for itself (GLM-5's "Muon split", arXiv:2602.15763). The attention's
                 `updates` say, by the name of a projection, how many heads its rows are and how far it moves; at 1 an update is as large
                 as that of the whole. Its `sums` say which projections are heads together, a shared one and low-rank residuals
-                (`lab.low_rank`); those heads move as if they were stored whole.
+                (`lab.riemannian`); those heads move as if they were stored whole.
 
 torch has a Muon; this one treats all matrices of one shape together, which saves a tenth of a small model's step, knows parameters
 that FSDP has cut up (it gathers their updates, since a slice cannot be orthogonalised), and has the scale that suits matrices of any
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kvstack.lab.low_rank import full_precision, least_gradients, nearest
+from kvstack.attention.equality import full_precision
+from kvstack.lab.riemannian import least_gradients, nearest
 
 MUON, ADAMW = "muon", "adamw"
 OPTIMIZERS = (MUON, ADAMW)

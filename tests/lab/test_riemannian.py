@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from kvstack.attention import DecoderForCausalLM, words
-from kvstack.lab.low_rank import full_precision, least_gradients, nearest
+from kvstack.attention.equality import full_precision
 from kvstack.lab.optim import MUON, Muon, Sum, head_sums, optimizers
 from kvstack.lab.pretrain import TextLoss, small
+from kvstack.lab.riemannian import _factor, least_gradients, nearest
 
 torch.set_num_threads(1)
 N, H, D, WIDTH = 2, 4, 16, 48
@@ -77,6 +78,11 @@ def test_nothing_is_divided_by_what_is_not_there() -> None:
     found = least_gradients(up, nothing, torch.zeros(N, H, D, 3), up.mT @ gradient)
     assert error(found, up @ (up.mT @ gradient)) < 1e-4, "without latents only they have a gradient"
     assert all(x.isfinite().all() for x in nearest(torch.zeros(N, H, D, WIDTH), up))
+
+
+def test_a_factorisation_that_fails_is_seen() -> None:
+    found = _factor(torch.stack((torch.eye(3), torch.diag(torch.tensor([3.0, 3.0, -1.0])))))
+    assert found[0].isfinite().all() and found[1].isnan().all()
 
 
 def like(mha: DecoderForCausalLM, rank: int) -> DecoderForCausalLM:

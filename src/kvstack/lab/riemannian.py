@@ -11,12 +11,9 @@ are, and S by a whole step however little the heads agree. So heads move as Muon
                 iteration from U_h, which it leaves orthonormal (`nearest`)
 
 This is descent along the tangent space of matrices of rank r, and a retraction to them (Absil, Mahony and Sepulchre, Optimization
-Algorithms on Matrix Manifolds, 2008, chapters 3 and 4). All shapes are `[..., D, r]` and `[..., r, d]`, all numbers float32; call it in
-`full_precision`. It knows no model.
+Algorithms on Matrix Manifolds, 2008, chapters 3 and 4). All shapes are `[..., D, r]` and `[..., r, d]`, all numbers float32; call it
+without TF32, in which a matrix that is written in new factors at every step would wander off. It knows no model.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,21 +21,10 @@ from torch import Tensor
 DAMPING = 1e-5  # of squares, in units of their mean: a direction 300 times weaker than the others counts half
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products in all of float32: in TF32 a matrix that is written in new factors at every step would wander off."""
-    was = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(was)
-
-
 def least_gradients(up: Tensor, down: Tensor, up_grad: Tensor, down_grad: Tensor, shared_grad: Tensor | None = None) -> Tensor:
     """Gradients of heads `[n, H, D, d]` from those of `up [n, H, D, r]`, of `down [n, H, r, d]` and of what they share `[n, D, d]`."""
-    left, right = up @ _solve(up.mT @ up, down_grad), up_grad @ _solve(down @ down.mT, down)
-    out = left + right - up @ _solve(up.mT @ up, up.mT @ right)
+    right = up_grad @ _solve(down @ down.mT, down)
+    out = right + up @ _solve(up.mT @ up, down_grad - up.mT @ right)
     if shared_grad is None:
         return out
     return out + (shared_grad - out.sum(1))[:, None] / out.shape[1]
@@ -68,5 +54,5 @@ def _solve(gram: Tensor, x: Tensor) -> Tensor:
 def _factor(gram: Tensor) -> Tensor:
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
     damped = gram + DAMPING * mean[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor: Tensor = torch.linalg.cholesky_ex(damped)[0]  # unlike `cholesky` it does not wait for the GPU to say that all is well
-    return factor
+    factor, failed = torch.linalg.cholesky_ex(damped)  # unlike `cholesky` it does not wait for the GPU
+    return torch.where(failed[..., None, None] == 0, factor, torch.nan)  # which the loss will show
