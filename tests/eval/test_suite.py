@@ -5,18 +5,28 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from kvstack.errors import BadInputError
 from kvstack.eval.suite import Batch, SuiteConfig, retokenised, task_batches, text_batches
 from kvstack.lab.registry import bundled_model
 from kvstack.lab.tasks import TASKS, make
-from kvstack.lab.tokenizer import Words, load_tokenizer, train_tokenizer
+from kvstack.lab.tokenizer import BOS, EOS, Words, load_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)
 LAB = load_tokenizer(bundled_model())
-OTHER = train_tokenizer(["SELECT name, 数学 FROM table WHERE id >= 10;\n" * 40, "Übung macht den Meister. " * 40])
-BARE = train_tokenizer(["a tokenizer without a token for the beginning\n" * 9])
-BARE.bos_token = None
+SQL = ["SELECT name, 数学 FROM table WHERE id >= 10;\n" * 40, "Übung macht den Meister. " * 40]
+SECOND = train_tokenizer(SQL)
+
+
+def foreign(**special: str) -> PreTrainedTokenizerFast:
+    tok = ByteLevelBPETokenizer()
+    tok.train_from_iterator(SQL, vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tok._tokenizer, pad_token="<pad>", eos_token="</s>", **special)
+
+
+OTHER, BARE = foreign(bos_token="<s>"), foreign()
 TEXT = "".join(f"def step_{i}(x, y):\n    return x * {i} + y  # line {i}\n\n\n" for i in range(400))
 
 
@@ -114,6 +124,19 @@ def test_another_tokenizer_gets_the_same_text_and_the_same_answers(tok: Any) -> 
             assert tok.decode(their[first:m]) == LAB.decode(own[1 : n - 1])
             assert [tok.decode(their[a:b]) for a, b in theirs.items[i]] == [LAB.decode(own[a:b]) for a, b in ours.items[i]]
             assert theirs.items[i][0][0] >= 1, "something predicts the first answer"
+
+
+def test_a_second_lab_vocabulary_is_asked_in_its_own_tokens() -> None:
+    assert SECOND.get_vocab() != LAB.get_vocab()
+    own = Words(SECOND)
+    for batch in drawn(SECOND):
+        assert all(row[0] == BOS and row[n - 1] == EOS for row, n in zip(batch.tokens.tolist(), batch.lengths, strict=True))
+        assert batch.tokens[0, 1] == own.ids[batch.kind]
+        if batch.kind == "quote":  # as many of its own tokens as it learnt to quote, out of the same text
+            assert {b - a for items in batch.items for a, b in items} == {8}
+            assert SECOND.decode(batch.tokens[0, slice(*batch.items[0][0])]) in TEXT
+    for there, here in zip(drawn(SECOND, tasks=("chain",)), drawn(tasks=("chain",)), strict=True):
+        assert SECOND.batch_decode(there.tokens) == LAB.batch_decode(here.tokens), "the same samples, in other numbers"
 
 
 def test_retokenising_keeps_what_is_not_tokens() -> None:

@@ -2,7 +2,8 @@
 
 A `Batch` holds sequences of one kind, padded on the right. Text: every token counts, and the bytes that the tokens stand for.
 Tasks: the items of each sample. Samples are drawn by name and seed, so any two recipes see the same ones.
-Models with another tokenizer than the lab's get the same samples as text, split at the borders of the answers.
+A lab model with a vocabulary of its own is asked in that. Models with any other tokenizer get the bundled lab model's samples as text,
+split at the borders of the answers.
 The task `dfs_public` has a length of its own; all others fill the length that is asked for.
 """
 
@@ -19,7 +20,7 @@ from kvstack.errors import BadInputError
 from kvstack.lab.public_dfs import DEPTHS, dfs_public
 from kvstack.lab.registry import bundled_model
 from kvstack.lab.tasks import QUOTED, TASKS, Sample, make
-from kvstack.lab.tokenizer import VOCABULARY, Words, load_tokenizer
+from kvstack.lab.tokenizer import Words, is_lab_tokenizer, load_tokenizer
 
 DFS_PUBLIC = "dfs_public"
 EVERY_TASK = (*TASKS, DFS_PUBLIC)
@@ -111,8 +112,8 @@ def task_batches(tokenizer: Any, text: str, cfg: SuiteConfig) -> list[Batch]:
     """`cfg.task_samples` of every task in `cfg.tasks`."""
     for name in cfg.tasks:
         check_task(name)
-    lab = load_tokenizer(bundled_model())
-    native = len(tokenizer) == VOCABULARY and tokenizer.get_vocab() == lab.get_vocab()
+    native = is_lab_tokenizer(tokenizer)
+    lab = tokenizer if native else load_tokenizer(bundled_model())
     words, quotes = Words(lab), lab.encode(text[:400_000], add_special_tokens=False)
     if "quote" in cfg.tasks and len(quotes) <= QUOTED:
         raise BadInputError(f"The text has {len(quotes)} tokens, too few to quote. Give a longer text, or leave out the task quote.")

@@ -7,6 +7,7 @@ space, and white space. `Words` turns the words of a task into ids by a dictiona
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -59,6 +60,12 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
     Words(fast)  # fails if a word of the tasks is not one token
     return fast
+
+
+def is_lab_tokenizer(tokenizer: Any) -> bool:
+    """Whether tasks can be made of its tokens: every word of theirs is one token, and PAD, BOS and EOS are ours."""
+    marks = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    return marks == (PAD, BOS, EOS) and all(len(tokenizer.encode(w, add_special_tokens=False)) == 1 for w in task_words())
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
