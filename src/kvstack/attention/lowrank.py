@@ -51,11 +51,12 @@ class LowRankAttention(nn.Module):
         for up in (self.k_up, self.v_up):
             # `|U_h B_h^T|` a tenth of `|W_s|`, and latents as large as their input (the paper's section 3.4).
             up.init_std = 0.1 / math.sqrt(max(1, self.rank))  # type: ignore[assignment]
-        # See `lab.optim`. Keys of nope are no sum of matrices, since RoPE turns the shared part alone; that moves by itself then, as
-        # far as a head of MHA's would.
+        # See `lab.optim`. Keys of nope are no sum of matrices, since RoPE turns the shared part alone: that moves as far as a head of
+        # MHA's would, and the factors of the rest half as far each. (As a whole, of any size, the rest learnt worse.)
         self.updates = {"q_proj": (self.heads, 1.0)} | dict.fromkeys(("k_shared", "v_shared"), (1, math.sqrt(self.heads)))
-        shared = "k_shared" if config.variant == "exact" else None
-        self.sums = ((shared, "k_up", "k_down"), ("v_shared", "v_up", "v_down")) if self.rank else ()
+        self.updates |= dict.fromkeys(("k_down", "k_up"), (self.heads, 0.5))
+        kinds = ("k", "v") if config.variant == "exact" else ("v",)
+        self.sums = tuple((f"{x}_shared", f"{x}_up", f"{x}_down") for x in kinds) if self.rank else ()
         self.rotary = LlamaRotaryEmbedding(config)  # a decoder puts its own here
 
     def forward(

@@ -39,9 +39,9 @@ Updates = dict[nn.Parameter, tuple[int, float]]
 
 
 class Sum(NamedTuple):
-    """Heads `shared + up_h @ down_h`; shared `[D, d]` or None, up `[H D, r]`, down `[H r, d]`."""
+    """Heads `shared + up_h @ down_h`; shared `[D, d]`, up `[H D, r]`, down `[H r, d]`."""
 
-    shared: nn.Parameter | None
+    shared: nn.Parameter
     up: nn.Parameter
     down: nn.Parameter
     heads: int
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
         together: dict[tuple[Any, ...], list[Sum]] = defaultdict(list)
         for s in self.sums:
             if s.up.grad is not None:
-                together[s.up.shape, s.down.shape, s.heads, s.shared is None].append(s)
+                together[s.up.shape, s.down.shape, s.heads].append(s)
         for sums in together.values():
             self._step_sums(sums, **how)
         moved = {p for s in self.sums for p in s[:3]}
@@ -103,10 +103,10 @@ class Muon(torch.optim.Optimizer):
         """Move heads as if they were stored whole, and bring their residuals back to their rank."""
         heads, columns = sums[0].heads, sums[0].down.shape[1]
         rows = sums[0].up.shape[0] // heads
-        ups, downs, shared = [s.up for s in sums], [s.down for s in sums], [s.shared for s in sums if s.shared is not None]
+        shared, ups, downs = [s.shared for s in sums], [s.up for s in sums], [s.down for s in sums]
         up, down = (_whole(own).unflatten(1, (heads, -1)) for own in (ups, downs))  # [n, H, D, r], [n, H, r, d]
-        known = [_whole([p.grad for p in own if p.grad is not None]) for own in (ups, downs, shared) if own]
-        grads = least_gradients(up, down, *(x.unflatten(1, (heads, -1)) for x in known[:2]), *known[2:])  # [n, H, D, d]
+        common, of_up, of_down = (_whole([p.grad for p in own if p.grad is not None]) for own in (shared, ups, downs))
+        grads = least_gradients(up, down, of_up.view_as(up), of_down.view_as(down), common)  # [n, H, D, d]
         means = [self.state[p].setdefault("momentum", torch.zeros_like(g)) for p, g in zip(ups, grads, strict=True)]
         for p in (*downs, *shared):
             self.state[p].setdefault("momentum", torch.zeros(()))  # none of their own, but torch's checkpoints ask for some state
@@ -115,12 +115,12 @@ class Muon(torch.optim.Optimizer):
         scale = self.scale(heads * rows, columns) * _of_heads(heads, rows, columns)
         updates = lr * scale * orthogonalised(ahead.flatten(0, 1)).view(ahead.shape).to(ahead.dtype)
         common = updates.mean(1)
-        residual = (1 - lr * weight_decay) * (up @ down) - updates + (common[:, None] if shared else 0.0)
+        residual = (1 - lr * weight_decay) * (up @ down) - updates + common[:, None]
         up, down = nearest(residual, up)
         for own, new in ((ups, up), (downs, down)):
             for p, x in zip(own, new.flatten(1, 2), strict=True):
                 p.copy_(_cut(x, p))
-        for p, x in zip(shared, common if shared else (), strict=True):
+        for p, x in zip(shared, common, strict=True):
             p.mul_(1 - lr * weight_decay).sub_(_cut(x, p))
 
 
@@ -160,7 +160,7 @@ def head_sums(model: nn.Module) -> list[Sum]:
     out = []
     for m in model.modules():
         for names in getattr(m, "sums", ()):
-            shared, up, down = (getattr(m, name).weight if name else None for name in names)
+            shared, up, down = (getattr(m, name).weight for name in names)
             out.append(Sum(shared, up, down, m.heads))  # type: ignore[arg-type]
     return out
 

@@ -1,4 +1,4 @@
-"""How heads move that are a shared matrix and a low-rank residual each: W_h = S + U_h Z_h, as LRKV's keys and values.
+"""How heads move that are a shared matrix and a low-rank residual each: W_h = S + U_h Z_h, as LRKV's values, and its keys in `exact`.
 
 Factors that are orthogonalised each for itself learn worse than the matrices that they stand for: their product moves by how large they
 are, and S by a whole step however little the heads agree. So heads move as Muon moves dense ones, as far as rank r lets them:
@@ -21,12 +21,10 @@ from torch import Tensor
 DAMPING = 1e-5  # of squares, in units of their mean: a direction 300 times weaker than the others counts half
 
 
-def least_gradients(up: Tensor, down: Tensor, up_grad: Tensor, down_grad: Tensor, shared_grad: Tensor | None = None) -> Tensor:
+def least_gradients(up: Tensor, down: Tensor, up_grad: Tensor, down_grad: Tensor, shared_grad: Tensor) -> Tensor:
     """Gradients of heads `[n, H, D, d]` from those of `up [n, H, D, r]`, of `down [n, H, r, d]` and of what they share `[n, D, d]`."""
     right = up_grad @ _solve(down @ down.mT, down)
     out = right + up @ _solve(up.mT @ up, down_grad - up.mT @ right)
-    if shared_grad is None:
-        return out
     return out + (shared_grad - out.sum(1))[:, None] / out.shape[1]
 
 
