@@ -10,7 +10,7 @@ from kvstack.attention import DecoderForCausalLM, words
 from kvstack.attention.equality import full_precision
 from kvstack.lab.optim import MUON, Muon, Sum, head_sums, optimizers
 from kvstack.lab.pretrain import TextLoss, small
-from kvstack.lab.riemannian import _factor, least_gradients, nearest
+from kvstack.lab.riemannian import _whitening, least_gradients, nearest
 
 torch.set_num_threads(1)
 N, H, D, WIDTH = 2, 4, 16, 48
@@ -79,7 +79,7 @@ def test_nothing_is_divided_by_what_is_not_there() -> None:
 
 
 def test_a_factorisation_that_fails_is_seen() -> None:
-    found = _factor(torch.stack((torch.eye(3), torch.diag(torch.tensor([3.0, 3.0, -1.0])))))
+    found = _whitening(torch.stack((torch.eye(3), torch.diag(torch.tensor([3.0, 3.0, -1.0])))))
     assert found[0].isfinite().all() and found[1].isnan().all()
 
 

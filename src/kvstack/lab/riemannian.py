@@ -40,17 +40,21 @@ def nearest(residual: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def _orthonormal(x: Tensor) -> Tensor:
     """An orthonormal basis of the range of `x [..., a, r]`; if that is nearly one, then near to it."""
-    turned: Tensor = torch.linalg.solve_triangular(_factor(x.mT @ x), x.mT, upper=False)
-    return turned.mT
+    return x @ _whitening(x.mT @ x).mT
 
 
 def _solve(gram: Tensor, x: Tensor) -> Tensor:
     """`gram^-1 x`, damped."""
-    return torch.cholesky_solve(x, _factor(gram))
+    white = _whitening(gram)
+    return white.mT @ (white @ x)
 
 
-def _factor(gram: Tensor) -> Tensor:
+def _whitening(gram: Tensor) -> Tensor:
+    """`w` with `w gram w^T = 1` for a damped `gram`: the inverse of its Cholesky factor, since products are what GPUs batch well."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-    damped = gram + DAMPING * mean[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)  # unlike `cholesky` it does not wait for the GPU
-    return torch.where(failed[..., None, None] == 0, factor, torch.nan)  # which the loss will show
+    factor, failed = torch.linalg.cholesky_ex(
+        gram + DAMPING * mean[..., None, None] * eye
+    )  # unlike `cholesky` it does not wait for the GPU
+    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return torch.where(failed[..., None, None] == 0, inverse, torch.nan)  # which the loss will show
