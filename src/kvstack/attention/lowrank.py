@@ -54,8 +54,10 @@ class LowRankAttention(nn.Module):
         # See `lab.optim`. Keys of nope are no sum of matrices, since RoPE turns the shared part alone: that moves as far as a head of
         # MHA's would, and the factors of the rest half as far each. (As a whole, of any size, the rest learnt worse.)
         self.updates = {"q_proj": (self.heads, 1.0)} | dict.fromkeys(("k_shared", "v_shared"), (1, math.sqrt(self.heads)))
-        self.updates |= dict.fromkeys(("k_down", "k_up"), (self.heads, 0.5))
-        kinds = ("k", "v") if config.variant == "exact" else ("v",)
+        kinds: tuple[str, ...] = ("k", "v")
+        if config.variant == "nope":
+            self.updates |= dict.fromkeys(("k_down", "k_up"), (self.heads, 0.5))
+            kinds = ("v",)
         self.sums = tuple((f"{x}_shared", f"{x}_up", f"{x}_down") for x in kinds) if self.rank else ()
         self.rotary = LlamaRotaryEmbedding(config)  # a decoder puts its own here
 
