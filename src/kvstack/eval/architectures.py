@@ -249,7 +249,8 @@ def cache_figure(rows: Sequence[Row], title: str) -> Any:
     from matplotlib.figure import Figure
 
     fig: Any = Figure(figsize=(8.5, 5.2), layout="constrained")
-    ax, points = fig.add_subplot(), []
+    ax = fig.add_subplot()
+    points: list[tuple[float, float]] = []
     for name, own in _by_arm(rows).items():
         losses, x = [r["test_loss"] for r in own], own[0]["cache_bytes_per_token"]
         y = statistics.fmean(losses)
