@@ -22,9 +22,13 @@ KEYS: dict[str, dict[str, Any]] = {
     "mha": {"attention": "mha"},
     "gqa": {"attention": "gqa", "num_key_value_heads": 2},
     "mqa": {"attention": "mqa"},
+    "mha-normed": {"attention": "mha", "qk_norm": True},
+    "gqa-normed": {"attention": "gqa", "num_key_value_heads": 2, "qk_norm": True},
     "mla": {"attention": "mla", "latent_dim": 24, "rope_dim": 8},
     "lrkv-exact": {"attention": "lrkv", "rank": 6, "variant": "exact"},
     "lrkv-nope": {"attention": "lrkv", "rank": 6, "variant": "nope"},
+    "lrkv-exact-normed": {"attention": "lrkv", "rank": 6, "variant": "exact", "qk_norm": True},
+    "lrkv-nope-normed": {"attention": "lrkv", "rank": 6, "variant": "nope", "qk_norm": True},
     "lrkv-nope-8": {"attention": "lrkv", "rank": 8, "variant": "nope"},
     "lrkv-0": {"attention": "lrkv", "rank": 0},
     "factorised": {"attention": "lrkv", "rank": 16},
@@ -43,6 +47,8 @@ def decoder(kind: str, **sizes: Any) -> DecoderForCausalLM:
     for name, p in model.named_parameters():
         if name == "lm_head.weight" or "_up." in name:
             torch.nn.init.normal_(p, std=max(1, p.shape[1]) ** -0.5)
+        elif "_norm." in name:
+            torch.nn.init.uniform_(p, 0.5, 2.0)
     return model
 
 
@@ -68,7 +74,7 @@ def test_decoding_equals_the_forward(kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["lrkv-exact", "lrkv-nope", "factorised"])
+@pytest.mark.parametrize("kind", ["lrkv-exact", "lrkv-nope", "lrkv-exact-normed", "lrkv-nope-normed", "factorised"])
 def test_what_the_kernel_is_given(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps as a Hopper GPU takes them, with the kernel's twin in its place."""
     model, x = decoder(kind), tokens(2, 40)
@@ -178,6 +184,7 @@ def test_a_fresh_model_knows_nothing_and_its_residuals_are_small() -> None:
         ({"attention": "mla", "latent_dim": 8, "rope_dim": 12}, "divides"),
         ({"attention": "csa", "pool": 4, "window": 8, "rope_dim": 8}, "at least 1 of each"),
         ({"attention": "hca", "window": 8}, "pool"),
+        ({"attention": "mla", "latent_dim": 24, "rope_dim": 8, "qk_norm": True}, "norms of its own"),
     ],
 )
 def test_bad_configs_say_what_would_do(fields: dict[str, Any], said: str) -> None:

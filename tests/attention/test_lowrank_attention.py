@@ -87,11 +87,12 @@ def test_turning_latents_is_not_relative() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", ["polar4", "polar3(window=6, sinks=2)", "fp8", "k4v2(window=4)"])
-@pytest.mark.parametrize("kind", ["exact", "nope", "mla"])
+@pytest.mark.parametrize("kind", ["exact", "nope", "nope-normed", "mla"])
 def test_codecs_store_latents(kind: str, recipe: str) -> None:
     """What comes out is attention over decoded records, and better codes are closer to no codes."""
     fields: dict[str, Any] = {"attention": "mla", "latent_dim": 32, "rope_dim": 16}
-    model = decoder(**fields if kind == "mla" else {"attention": "lrkv", "rank": 12, "variant": kind})
+    variant, _, normed = kind.partition("-")
+    model = decoder(**fields if kind == "mla" else {"attention": "lrkv", "rank": 12, "variant": variant, "qk_norm": bool(normed)})
     x = tokens(2, 60)
     caches = [Cache(model, r, prefill="strict") for r in ("exact", recipe, recipe)]
     full, coded = (torch.cat([model(i, past_key_values=c).logits for i in x.split(1, 1)], 1) for c in caches[:2])
@@ -102,10 +103,11 @@ def test_codecs_store_latents(kind: str, recipe: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("scorer", ["tri", "keydiff", "h2o", "streaming", "knorm", "snapkv", "rkv", "expected", "random"])
-def test_scorers_judge_latents(scorer: str) -> None:
+def test_scorers_judge_latents(scorer: str, qk_norm: bool) -> None:
     """After evictions a step is what it is over the records that are left."""
-    model = decoder(attention="lrkv", rank=12, variant="nope")
+    model = decoder(attention="lrkv", rank=12, variant="nope", qk_norm=qk_norm)
     profile = calibrate(model, [tokens(2, 60, seed=1)], covariance=True)
     cache, x = Cache(model, f"{scorer}(24, interval=8)", profile=profile, prefill="strict"), tokens(2, 60)
     for chunk in x.split(4, 1):

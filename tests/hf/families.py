@@ -75,6 +75,7 @@ FAMILIES: dict[str, Any] = {
     "mla": lambda: decoder(attention="mla", latent_dim=32, rope_dim=16),
     "lrkv-exact": lambda: decoder(attention="lrkv", rank=12, variant="exact"),
     "lrkv-nope": lambda: decoder(attention="lrkv", rank=12, variant="nope"),
+    "lrkv-nope-normed": lambda: decoder(attention="lrkv", rank=12, variant="nope", qk_norm=True),
 }
 
 

@@ -177,7 +177,7 @@ def test_our_own_decoder(variant: str, tmp_path: Path) -> None:
     attention = {"attention": "lrkv", "rank": 8, "variant": variant}
     model = train_model(replace(CONFIG, attention=attention, heads=4, head_dim=32, minutes=0.2), tmp_path / "model")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    assert type(saved) is type(model) is DecoderForCausalLM and saved.config.rank == 8
+    assert type(saved) is type(model) is DecoderForCausalLM and saved.config.rank == 8 and saved.config.qk_norm
     assert saved.lm_head.weight is saved.model.embed_tokens.weight and saved.lm_head.weight.any()
     write_card(tmp_path / "model")
     assert f"`lrkv(rank=8, variant={variant})`" in (tmp_path / "model" / "README.md").read_text("utf-8")

@@ -5,6 +5,9 @@
     lrkv            one shared head, and per head a residual of `rank` numbers; `variant` says how position enters the residual
     csa, hca        one head, `pool` tokens an entry, beside a window of single tokens; csa reads the best `entries` of them, hca all
 
+`qk_norm`: queries and keys of every head go through an RMS norm before RoPE, as in Qwen3. Of LRKV's keys that is the shared part, so that
+the rest stays linear in what is cached. MLA, CSA and HCA have norms of their own.
+
 It holds no defaults for sizes of a trained model; those are in `kvstack.lab`.
 """
 
@@ -16,6 +19,7 @@ from kvstack.errors import BadInputError
 
 KINDS: tuple[str, ...] = ("mha", "gqa", "mqa", "mla", "lrkv", "csa", "hca")
 VARIANTS = ("exact", "nope")
+NORMED = ("mha", "gqa", "mqa", "lrkv")  # those that `qk_norm` is for
 
 
 class DecoderConfig(LlamaConfig):  # type: ignore[misc]
@@ -24,6 +28,7 @@ class DecoderConfig(LlamaConfig):  # type: ignore[misc]
     model_type = "kvstack"
 
     attention: str = "mha"
+    qk_norm: bool = False
     rank: int = 0
     variant: str = "exact"
     latent_dim: int = 0
@@ -45,6 +50,8 @@ class DecoderConfig(LlamaConfig):  # type: ignore[misc]
 
     def _check(self) -> None:
         half = self.head_dim // 2
+        if self.qk_norm and self.attention not in NORMED:
+            raise BadInputError(f"qk_norm is for {', '.join(NORMED)}; {self.attention} has norms of its own. Leave it away.")
         if self.attention == "gqa" and self.num_attention_heads % self.num_key_value_heads:
             raise BadInputError(
                 f"{self.num_attention_heads} query heads do not share {self.num_key_value_heads} KV heads evenly. Give a divisor."

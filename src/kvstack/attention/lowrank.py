@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 
 from kvstack.attention import absorbed
 from kvstack.attention.config import DecoderConfig
@@ -51,11 +51,14 @@ class LowRankAttention(nn.Module):
         for up in (self.k_up, self.v_up):
             # `|U_h B_h^T|` a tenth of `|W_s|`, and latents as large as their input (the paper's section 3.4).
             up.init_std = 0.1 / math.sqrt(max(1, self.rank))  # type: ignore[assignment]
-        # See `lab.optim`. Keys of nope are no sum of matrices, since RoPE turns the shared part alone: that moves as far as a head of
+        # The residual has no norm, so that keys stay linear in what is cached.
+        norms = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = norms  # of queries, and of the shared part of keys before RoPE
+        # See `lab.optim`. Keys whose shared part alone is turned or normalised are no sum of matrices: that moves as far as a head of
         # MHA's would, and the factors of the rest half as far each. (As a whole, of any size, the rest learnt worse.)
         self.updates = {"q_proj": (self.heads, 1.0)} | dict.fromkeys(("k_shared", "v_shared"), (1, math.sqrt(self.heads)))
         kinds: tuple[str, ...] = ("k", "v")
-        if config.variant == "nope":
+        if config.variant == "nope" or config.qk_norm:
             self.updates |= dict.fromkeys(("k_down", "k_up"), (self.heads, 0.5))
             kinds = ("v",)
         self.sums = tuple((f"{x}_shared", f"{x}_up", f"{x}_down") for x in kinds) if self.rank else ()
@@ -71,10 +74,12 @@ class LowRankAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Attention of `hidden_states [B, T, d]`; see transformers' LlamaAttention."""
         b, t, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(b, t, self.heads, self.head_dim).transpose(1, 2)
+        query = self.q_norm(self.q_proj(hidden_states).view(b, t, self.heads, self.head_dim)).transpose(1, 2)
         weights = self.k_shared.weight, self.k_down.weight, self.v_shared.weight, self.v_down.weight
         width = self.head_dim + self.heads * self.rank
         key, value = F.linear(hidden_states, torch.cat(weights)).split(width, -1)  # records [B, T, W], before RoPE
+        if self.config.qk_norm:
+            key = torch.cat((self.k_norm(key[..., : self.head_dim]), key[..., self.head_dim :]), -1)
         turned, shared = apply_rotary_pos_emb(query, key[:, None, :, : self.head_dim], *position_embeddings)
         if past_key_values is not None:
             record = torch.cat((shared[:, 0], key[..., self.head_dim :]), -1)[:, None]
