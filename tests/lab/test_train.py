@@ -12,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+from typer.testing import CliRunner
 
 from kvstack.attention import DecoderForCausalLM
+from kvstack.cli.main import app
 from kvstack.errors import BadInputError, UnsupportedModelError
 from kvstack.lab import train
 from kvstack.lab.card import write_card
@@ -174,16 +176,26 @@ def test_weighted_loss_is_a_weighted_mean() -> None:
 
 @pytest.mark.parametrize("variant", ["nope", "exact"])
 def test_our_own_decoder(variant: str, tmp_path: Path) -> None:
-    attention = {"attention": "lrkv", "rank": 8, "variant": variant}
+    attention = {"attention": "lrkv", "rank": 8, "variant": variant, "qk_norm": True}
     model = train_model(replace(CONFIG, attention=attention, heads=4, head_dim=32, minutes=0.2), tmp_path / "model")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert type(saved) is type(model) is DecoderForCausalLM and saved.config.rank == 8 and saved.config.qk_norm
     assert saved.lm_head.weight is saved.model.embed_tokens.weight and saved.lm_head.weight.any()
     write_card(tmp_path / "model")
-    assert f"`lrkv(rank=8, variant={variant})`" in (tmp_path / "model" / "README.md").read_text("utf-8")
+    assert f"`lrkv(rank=8, variant={variant})`, QK-norm" in (tmp_path / "model" / "README.md").read_text("utf-8")
     if variant == "exact":
         with pytest.raises(UnsupportedModelError, match="nope"):
             write_profile(tmp_path / "model")
     else:
         write_profile(tmp_path / "model")
         assert Profile.load(tmp_path / "model" / "profile.safetensors").query_norm.shape == (2, 4, 32)
+
+
+@pytest.mark.parametrize(("attention", "normed"), [("lrkv(rank=4, variant=nope)", True), ("mla(latent=24, rope=8)", False)])
+def test_the_command_trains_our_decoder_with_norms_where_it_has_none(attention: str, normed: bool, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    result = CliRunner().invoke(app, ["lab", "train", "--small", "--attention", attention, "--minutes", "0.05", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    settings = json.loads((out / "training.json").read_text())["config"]["attention"]
+    assert settings["qk_norm"] is normed is AutoModelForCausalLM.from_pretrained(out).config.qk_norm
+    assert ("no profile: " in result.stderr) is (not normed), "MLA stores no keys"

@@ -5,8 +5,8 @@
     lrkv            one shared head, and per head a residual of `rank` numbers; `variant` says how position enters the residual
     csa, hca        one head, `pool` tokens an entry, beside a window of single tokens; csa reads the best `entries` of them, hca all
 
-`qk_norm`: queries and keys of every head go through an RMS norm before RoPE, as in Qwen3. Of LRKV's keys that is the shared part, so that
-the rest stays linear in what is cached. MLA, CSA and HCA have norms of their own.
+`qk_norm`: queries and keys of every head go through an RMS norm before RoPE, as in Qwen3. Of LRKV's keys that is the shared part, so
+that the rest stays linear in what is cached. MLA, CSA and HCA have norms of their own.
 
 It holds no defaults for sizes of a trained model; those are in `kvstack.lab`.
 """

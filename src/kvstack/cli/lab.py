@@ -14,6 +14,7 @@ from rich.table import Table
 
 from kvstack import artefact
 from kvstack.attention import words
+from kvstack.attention.config import NORMED
 from kvstack.cli.compare import command_line, split
 from kvstack.environment import write_results
 from kvstack.errors import BadInputError, UnsupportedModelError
@@ -51,8 +52,10 @@ def train(
     artefact.check_folder(out)
     given: dict[str, Any] = {"minutes": minutes, "seed": seed, "muon_lr": muon_lr, "adam_lr": adam_lr}
     if attention:
-        # Heads of 64, so that there are enough of them to share something.
-        given |= {"attention": words.read(attention), "heads": 4 if small_model else 8, "head_dim": 32 if small_model else 64}
+        # Heads of 64, so that there are enough of them to share something, and norms as Qwen3 has, without which it learns less.
+        fields = words.read(attention)
+        fields["qk_norm"] = fields["attention"] in NORMED
+        given |= {"attention": fields, "heads": 4 if small_model else 8, "head_dim": 32 if small_model else 64}
     cfg = replace(small() if small_model else TrainConfig(), **{k: v for k, v in given.items() if v is not None})
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:

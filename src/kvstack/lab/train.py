@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from kvstack.attention import DecoderConfig, DecoderForCausalLM
-from kvstack.attention.config import NORMED
 from kvstack.calibrate import add_forecast, calibrate
 from kvstack.errors import BadInputError
 from kvstack.lab.calibration import LENGTH, calibration_batches
@@ -35,8 +34,7 @@ from kvstack.lab.tokenizer import BOS, EOS, PAD, VOCABULARY, Words, load_tokeniz
 @dataclass(frozen=True)
 class TrainConfig:
     """Size of the model and of the run. minutes: wall-clock training time, compilation included. attention: None for Qwen3; else fields
-    of DecoderConfig, such as {"attention": "lrkv", "rank": 24}, which replace `kv_heads`. Queries and keys have norms as Qwen3's, where
-    the attention has none of its own, unless the fields say {"qk_norm": False}."""
+    of DecoderConfig, such as {"attention": "lrkv", "rank": 24, "qk_norm": True}, which replace `kv_heads`."""
 
     width: int = 256
     layers: int = 6
@@ -78,7 +76,7 @@ class TrainConfig:
         }
         if self.attention is None:
             return Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=self.kv_heads))
-        return DecoderForCausalLM(DecoderConfig(**sizes | {"qk_norm": self.attention["attention"] in NORMED} | self.attention))
+        return DecoderForCausalLM(DecoderConfig(**sizes, **self.attention))
 
 
 def small() -> TrainConfig:
