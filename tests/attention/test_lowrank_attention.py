@@ -27,6 +27,8 @@ def decoder(**attention: Any) -> DecoderForCausalLM:
     for name, p in model.named_parameters():
         if name == "lm_head.weight" or "_up." in name:
             torch.nn.init.normal_(p, std=max(1, p.shape[1]) ** -0.5)
+        elif "_norm." in name:
+            torch.nn.init.uniform_(p, 0.5, 2.0)
     return model
 
 
@@ -44,9 +46,10 @@ def take(model: DecoderForCausalLM, other: DecoderForCausalLM) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("variant", ["exact", "nope"])
-def test_rank_0_is_mqa(variant: str) -> None:
-    mqa, lrkv = decoder(attention="mqa"), decoder(attention="lrkv", rank=0, variant=variant)
+def test_rank_0_is_mqa(variant: str, qk_norm: bool) -> None:
+    mqa, lrkv = decoder(attention="mqa", qk_norm=qk_norm), decoder(attention="lrkv", rank=0, variant=variant, qk_norm=qk_norm)
     take(lrkv, mqa)
     for a, b in zip(mqa.model.layers, lrkv.model.layers, strict=True):
         b.self_attn.k_shared.weight.copy_(a.self_attn.k_proj.weight)

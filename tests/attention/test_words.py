@@ -11,6 +11,8 @@ from kvstack.errors import RecipeError
 READ: dict[str, dict[str, Any]] = {
     "mha": {"attention": "mha"},
     "gqa(kv_heads=2)": {"attention": "gqa", "num_key_value_heads": 2},
+    "mha(qk_norm=on)": {"attention": "mha", "qk_norm": True},
+    "lrkv(rank=24, qk_norm=off)": {"attention": "lrkv", "rank": 24, "qk_norm": False},
     "mla(latent=480, rope=32)": {"attention": "mla", "latent_dim": 480, "rope_dim": 32},
     "lrkv(rank=24, variant=nope)": {"attention": "lrkv", "rank": 24, "variant": "nope"},
     "csa(pool=4, entries=8, window=16, rope=8, index_heads=2, index_dim=8)": {
@@ -40,7 +42,9 @@ def test_places_stand_for_names() -> None:
         ("lrkv(rnk=24)", "rank"),
         ("lrkv(rank=nope)", "whole number"),
         ("lrkv(24, 3)", "name"),
-        ("gqa(4, 5)", "takes 1"),
+        ("gqa(4, 5)", "on or off"),
+        ("mla(480, 32, 5)", "takes 2"),
+        ("mla(480, 32, qk_norm=on)", "no argument"),
         ("mha+gqa(4)", "one word"),
         ("mla(480", "do not end"),
     ],

@@ -182,7 +182,7 @@ def test_our_own_decoder(variant: str, tmp_path: Path) -> None:
     assert type(saved) is type(model) is DecoderForCausalLM and saved.config.rank == 8 and saved.config.qk_norm
     assert saved.lm_head.weight is saved.model.embed_tokens.weight and saved.lm_head.weight.any()
     write_card(tmp_path / "model")
-    assert f"`lrkv(rank=8, variant={variant})`, QK-norm" in (tmp_path / "model" / "README.md").read_text("utf-8")
+    assert f"`lrkv(rank=8, variant={variant}, qk_norm=on)`" in (tmp_path / "model" / "README.md").read_text("utf-8")
     if variant == "exact":
         with pytest.raises(UnsupportedModelError, match="nope"):
             write_profile(tmp_path / "model")
@@ -191,11 +191,13 @@ def test_our_own_decoder(variant: str, tmp_path: Path) -> None:
         assert Profile.load(tmp_path / "model" / "profile.safetensors").query_norm.shape == (2, 4, 32)
 
 
-@pytest.mark.parametrize(("attention", "normed"), [("lrkv(rank=4, variant=nope)", True), ("mla(latent=24, rope=8)", False)])
-def test_the_command_trains_our_decoder_with_norms_where_it_has_none(attention: str, normed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("attention", "normed"), [("mha", True), ("mha(qk_norm=off)", False), ("mla(latent=24, rope=8)", False)])
+def test_the_command_trains_our_decoder_with_norms_unless_it_has_its_own_or_is_told(
+    attention: str, normed: bool, tmp_path: Path
+) -> None:
     out = tmp_path / "model"
     result = CliRunner().invoke(app, ["lab", "train", "--small", "--attention", attention, "--minutes", "0.05", "--out", str(out)])
     assert result.exit_code == 0, result.output
     settings = json.loads((out / "training.json").read_text())["config"]["attention"]
-    assert settings["qk_norm"] is normed is AutoModelForCausalLM.from_pretrained(out).config.qk_norm
-    assert ("no profile: " in result.stderr) is (not normed), "MLA stores no keys"
+    assert settings.get("qk_norm", False) is normed is AutoModelForCausalLM.from_pretrained(out).config.qk_norm
+    assert ("no profile: " in result.stderr) is attention.startswith("mla"), "which stores no keys"

@@ -1,4 +1,5 @@
-"""Attention as a word with arguments, as recipes are written: `lrkv(rank=24, variant=nope)`, `gqa(4)`, `mla(480, 32)`.
+"""Attention as a word with arguments, as recipes are written: `lrkv(rank=24, variant=nope)`, `gqa(4, qk_norm=on)`,
+`mla(480, 32)`.
 
 The arguments of each word, in their order, are fields of `DecoderConfig`. A word of the command line and the name of an arm in results.
 """
@@ -10,11 +11,11 @@ from kvstack.grammar import literal, parse_terms, show, suggest
 
 # Word: its arguments, and the fields that they set.
 WORDS: dict[str, dict[str, str]] = {
-    "mha": {},
-    "gqa": {"kv_heads": "num_key_value_heads"},
-    "mqa": {},
+    "mha": {"qk_norm": "qk_norm"},
+    "gqa": {"kv_heads": "num_key_value_heads", "qk_norm": "qk_norm"},
+    "mqa": {"qk_norm": "qk_norm"},
     "mla": {"latent": "latent_dim", "rope": "rope_dim"},
-    "lrkv": {"rank": "rank", "variant": "variant"},
+    "lrkv": {"rank": "rank", "variant": "variant", "qk_norm": "qk_norm"},
     "csa": {
         "pool": "pool", "entries": "entries", "window": "window", "rope": "rope_dim",
         "index_heads": "index_heads", "index_dim": "index_dim",
@@ -42,7 +43,8 @@ def read(text: str) -> dict[str, Any]:
         value = literal(argument.value.text)
         kind = DecoderConfig.__annotations__.get(known[name], int)
         if type(value) is not kind:
-            raise argument.value.error(f"`{name}` cannot be {show(value)}.", f"Expected a {'name' if kind is str else 'whole number'}.")
+            expected = {str: "a name", bool: "on or off", int: "a whole number"}[kind]
+            raise argument.value.error(f"`{name}` cannot be {show(value)}.", f"Expected {expected}.")
         fields[known[name]] = value
     return fields
 

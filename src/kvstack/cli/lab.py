@@ -40,7 +40,11 @@ def train(
     out: Out,
     small_model: Annotated[bool, typer.Option("--small", help="A tiny model, to try the loop without a GPU.")] = False,
     attention: Annotated[
-        str, typer.Option(help="Attention of kvstack's own decoder, such as mha or lrkv(rank=24, variant=nope); empty for Qwen3.")
+        str,
+        typer.Option(
+            help="Attention of kvstack's own decoder, such as mha or lrkv(rank=24, variant=nope), with qk_norm=on unless it says off; "
+            "empty for Qwen3."
+        ),
     ] = "",
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock time of the training.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the data.")] = 0,
@@ -52,9 +56,10 @@ def train(
     artefact.check_folder(out)
     given: dict[str, Any] = {"minutes": minutes, "seed": seed, "muon_lr": muon_lr, "adam_lr": adam_lr}
     if attention:
-        # Heads of 64, so that there are enough of them to share something, and norms as Qwen3 has, without which it learns less.
+        # Heads of 64, so that there are enough of them to share something, and norms as Qwen3 has, without which MHA learnt less.
         fields = words.read(attention)
-        fields["qk_norm"] = fields["attention"] in NORMED
+        if fields["attention"] in NORMED:
+            fields.setdefault("qk_norm", True)
         given |= {"attention": fields, "heads": 4 if small_model else 8, "head_dim": 32 if small_model else 64}
     cfg = replace(small() if small_model else TrainConfig(), **{k: v for k, v in given.items() if v is not None})
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()

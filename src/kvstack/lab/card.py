@@ -53,7 +53,6 @@ def _text(name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     attention = cfg.get("attention")
     kind = "Qwen3 of transformers" if attention is None else "the decoder of `kvstack.attention`"
     shared = f"{cfg['kv_heads']} KV heads" if attention is None else f"attention `{words.name(attention)}`"
-    shared += ", QK-norm" if attention and attention.get("qk_norm") else ""
     note = textwrap.fill(f"* Note: {facts['note']}", width=128, subsequent_indent="  ") + "\n" if "note" in facts else ""
     return f"""# {name}
 
