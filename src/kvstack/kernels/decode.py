@@ -45,6 +45,13 @@ class Body:
         """A body with the schedule of the lengths as they are now."""
         return Body(pages, key, value, schedule(pages.lengths, pages.pool.shape[1]))
 
+    def over(self, pages: Pages, cum: Tensor) -> "Body":
+        """The same codecs over other pages of the same format, with what kernels need of the codecs, which is worked out once."""
+        needed = {"reference": (), "portable": ("signs", "levels"), "hopper": ("signs", "levels", "tables")}[self.path.name]
+        body = Body(pages, self.key, self.value, cum)
+        body.__dict__.update({name: getattr(self, name) for name in ("path", *needed)})  # where cached properties keep their values
+        return body
+
     @cached_property
     def path(self) -> "Path":
         """The kernel that will read it."""
@@ -114,6 +121,8 @@ def choose(device: torch.device, *codecs: Codec) -> Path:
         return Path("reference", f"there is no kernel for {device.type} devices")
     if find_spec("triton") is None:
         return Path("reference", "Triton is not installed; `pip install triton`")
+    if any(isinstance(c, ExactCodec) and c.dtype.itemsize == 4 for c in codecs):
+        return Path("reference", "no kernel reads pages of 32 bits")
     if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
         if any(isinstance(c, ExactCodec) for c in codecs):
             return Path("reference", "only the kernel for Hopper GPUs (sm_90) reads pages of 16 bits")

@@ -8,6 +8,7 @@ belongs to thread t of a quad, and the codes of one thread in one row are neighb
 `m64nNk32` that thread t must hold, so that a thread loads up to 16 bytes at once and never exchanges anything with its neighbours.
 Inside a thread's run the codes are packed in little-endian 32-bit words; code n = 4 h + i of a word has the nibble at bit 4 n:
 
+    32 bits  a number of float32, row by row, which no kernel reads
     16 bits  a number of bfloat16 or float16; here c = 16 s + 8 h + 2 t + i with i < 2, as in `m64nNk16`, in the order (s, h, i)
     8 bits   one byte per code, an E4M3 number, in the order (s, h, i)
     4 bits   word s: the low 3 bits of nibble n are the magnitude; the sign of code (h, i) is bit 8 i + 7 - 4 h (1 is negative)
@@ -29,7 +30,7 @@ from torch import Tensor
 from kvstack.errors import RecipeError
 
 PAGE = 128  # tokens
-WIDTHS = (2, 3, 4, 8, 16)
+WIDTHS = (2, 3, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Format:
         if self.head_dim not in (64, 128, 256) or {self.k, self.v} - set(WIDTHS) or (self.head_dim == 64 and self.k == 3):
             raise RecipeError(
                 f"There is no page format for {self.k}-bit keys and {self.v}-bit values of size {self.head_dim}. "
-                "Pages hold 2, 3, 4, 8 or 16 bits and head sizes of 64, 128 and 256, without 3-bit keys of size 64."
+                "Pages hold 2, 3, 4, 8, 16 or 32 bits and head sizes of 64, 128 and 256, without 3-bit keys of size 64."
             )
 
     @property
@@ -112,9 +113,12 @@ def write(pages: Pages, k: Tensor, v: Tensor, scales: Tensor, starts: Tensor, co
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack a matrix of codes `[..., R, C]` uint8 into `[..., R * C * bits / 8]`.
 
-    Codes are ascending level indices below `2 ** bits`, with 8 bits E4M3 bytes, and with 16 bits the numbers' bits, in int16.
+    Codes are ascending level indices below `2 ** bits`, with 8 bits E4M3 bytes, and with 16 and 32 bits the numbers' bits, in int16 or
+    int32.
     """
     *batch, rows, columns = codes.shape
+    if bits == 32:
+        return codes.contiguous().view(torch.uint8).flatten(-2)
     if bits == 16:
         x = codes.reshape(*batch, rows, columns // 16, 2, 4, 2).movedim(-2, -4)  # [..., R, t, s, h, i]
         return x.reshape(*batch, -1).contiguous().view(torch.uint8)
@@ -136,9 +140,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
-    """The codes `[..., R, C]` uint8 (with 16 bits int16) of what `pack` made of them."""
+    """The codes `[..., R, C]` uint8 (with 16 bits int16, with 32 int32) of what `pack` made of them."""
     *batch, size = packed.shape
     columns = size * 8 // bits // rows
+    if bits == 32:
+        return packed.contiguous().view(torch.int32).reshape(*batch, rows, columns)
     if bits == 16:
         x = packed.contiguous().view(torch.int16).reshape(*batch, rows, 4, columns // 16, 2, 2).movedim(-4, -2)
         return x.reshape(*batch, rows, columns)

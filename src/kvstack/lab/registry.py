@@ -31,7 +31,7 @@ def folder(name: str) -> Path:
 
 def load_profile(name: str) -> Profile | None:
     """The profile that lies in a model's folder, or None."""
-    path = folder(name) / "profile.safetensors"
+    path = folder(name) / "profile" / "profile.safetensors"
     return Profile.load(path) if path.is_file() else None
 
 

@@ -1,0 +1,63 @@
+"""Which attention backend a layer gets: names that vLLM's registry resolves to classes, anew for every configuration.
+
+vLLM chooses a backend by platform and then looks up its class by a dotted path. `plugin.register` gives it paths into this module for those
+that it chooses for full attention, `kvstack.vllm.choice.FLASH_ATTN` and so on. Asked for such a name, the module answers with our backend
+when the configuration at hand asks for a recipe, and else with the class that vLLM itself has under this name.
+"""
+
+from typing import Any
+
+import vllm
+from vllm.config import get_current_vllm_config_or_none
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from kvstack.errors import KVStackError, UnsupportedModelError
+from kvstack.vllm.settings import Settings, read
+
+VERSIONS = ("0.32.",)  # whose internals this was written for and tested with
+NAMES = ("FLASH_ATTN", "FLASHINFER", "CPU_ATTN", "CUSTOM")
+
+
+def wanted(config: Any) -> Settings | None:
+    """The settings that a VllmConfig asks for, or None. Raises KVStackError when they cannot be followed with this vLLM or this model."""
+    if config is None or config.model_config is None:
+        return None
+    settings = read(config.additional_config, config.model_config.model)
+    if settings is None:
+        return None
+    if not vllm.__version__.startswith(VERSIONS):
+        raise KVStackError(
+            f"kvstack works with vLLM {', '.join(f'{v}x' for v in VERSIONS)}, and this is {vllm.__version__}. Install one of these "
+            f"versions, or take away the recipe ({settings.source})."
+        )
+    _check(config)
+    return settings
+
+
+def _check(config: Any) -> None:
+    """Raise UnsupportedModelError for models and options that pages of codes do not serve."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    reasons = {
+        "latent attention (MLA), whose cache vLLM makes small itself": model.use_mla,
+        "an encoder beside its decoder": model.is_encoder_decoder,
+        "a cache that is divided along the context (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
+        f"--block-size {cache.block_size}, and pages hold 128 tokens": cache.user_specified_block_size and cache.block_size % 128,
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UnsupportedModelError(f"kvstack cannot serve this: {model.model} has {reason}. Remove it, or take away the recipe.")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(name)
+    if wanted(get_current_vllm_config_or_none()) is None:
+        path = AttentionBackendEnum[name].value
+        if path is None:
+            raise KVStackError("The attention backend CUSTOM is kvstack's, and no recipe was given. Set KVSTACK_RECIPE, such as polar4.")
+        return resolve_obj_by_qualname(path)
+    from kvstack.vllm.backend import Backend
+
+    return Backend

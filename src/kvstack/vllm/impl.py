@@ -1,0 +1,144 @@
+"""What a layer does in a forward: its new tokens attend to the pages and to each other, and then go into the pages.
+
+A query sees the tokens of its own step exact and those before as stored, which is what `kvstack.Cache` does with a window of 0: a prompt in
+one chunk, and then token by token, gives the same tokens. Everything is asked of `kernels`; only attention of chunks over themselves is
+FlashAttention's, as vLLM has it, and on a CPU torch's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl
+
+from kvstack.codecs.base import Context
+from kvstack.codecs.exact import ExactCodec
+from kvstack.errors import UnsupportedModelError
+from kvstack.kernels.append import append
+from kvstack.kernels.codes import page_format
+from kvstack.kernels.decode import Body, Exact, decode
+from kvstack.kernels.pages import Pages
+from kvstack.kernels.past import attend_past
+from kvstack.kernels.reference import Partial, Shape, Side, attend, merge
+from kvstack.vllm.backend import assign
+from kvstack.vllm.steps import Rows, Step
+
+
+class Impl(AttentionImpl[Step]):  # type: ignore[misc]
+    """Attention of one layer over pages of codes."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        found = {
+            "ALiBi": alibi_slopes,
+            "a sliding window": sliding_window,
+            "layers that share keys and values": kv_sharing_target_layer_name,
+            "attention that is not a decoder's": attn_type != "decoder",
+            **extra,
+        }
+        for what, value in found.items():
+            if value:
+                raise UnsupportedModelError(f"kvstack cannot serve this model's layers with {what}. Take away the recipe.")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        self.shape = Shape(self.scale, logits_soft_cap or None)
+        self.body: Body | None = None  # of no tokens; codecs and what kernels made of them
+        self.settings: Any = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """See vLLM: the moment at which all layers are there and nobody has asked for the size of a page."""
+        self.settings = assign()
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Step | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of `query [tokens, Hq, D]` into `output`; `key, value [tokens, H, D]` go into `kv_cache [blocks, H, 128, bytes]`."""
+        if attn_metadata is None:  # vLLM measures how much memory a forward takes
+            return output.zero_()
+        body = self.body = self.body or self._body(layer, kv_cache, query.dtype)
+        pool, step = kv_cache.view(torch.uint8).flatten(2), attn_metadata
+        groups = [rows for rows in (step.decodes, *step.chunks) if rows is not None]
+        pasts = [body.over(Pages(body.pages.format, pool, rows.table, rows.past), rows.cum) for rows in groups]
+        for rows, past in zip(groups, pasts, strict=True):  # first, because a row may read what another one brings in the same step
+            append(past.pages, body.key, body.value, self._by_row(key, rows), self._by_row(value, rows), rows.past, rows.counts)
+        lse = self._within(step, query, key, value, output) if step.chunks and query.is_cuda else None
+        for rows, past in zip(groups, pasts, strict=True):
+            q, k, v, out = (self._by_row(x, rows) for x in (query, key, value, output))
+            if rows is step.decodes:
+                out.copy_(decode(q, past, Exact(k, v, step.causal), self.shape))
+                continue
+            before = attend_past(q, past, self.shape, dtype=q.dtype) if rows.has_past else None
+            if lse is None:
+                out.copy_(_merged(q, k, v, before, self.shape))
+            elif before is not None:
+                own = slice(rows.span.start - step.first, rows.span.stop - step.first)
+                _merge_on_device(output[rows.span], lse[:, own], before)
+        return output
+
+    def _body(self, layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> Body:
+        """The codecs of a layer, and what kernels need of them."""
+        index = extract_layer_index(layer.layer_name)
+        precision = self.settings.precision(index)
+        ctx = Context(self.head_size, self.num_kv_heads, dtype, kv_cache.device)
+        key, value = precision.build("key", ctx), precision.build("value", ctx)
+        nothing = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
+        pages = Pages(page_format(self.head_size, key, value), kv_cache.view(torch.uint8).flatten(2), nothing[None], nothing)
+        assert pages.pool.shape[2] == pages.format.nbytes, "the pages are of another format than this layer's"
+        return Body.of(pages, key, value)
+
+    def _within(self, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
+        """Causal attention of all chunks over themselves, into `output`; returns the logarithms of the sums `[Hq, tokens]`."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+        span = slice(step.first, step.first + step.tokens)
+        _, lse = flash_attn_varlen_func(
+            query[span], key[span], value[span], max_seqlen_q=step.longest, cu_seqlens_q=step.starts, max_seqlen_k=step.longest,
+            cu_seqlens_k=step.starts, softmax_scale=self.scale, causal=True, softcap=self.shape.softcap or 0.0, return_softmax_lse=True,
+            out=output[span], fa_version=get_flash_attn_version(head_size=self.head_size),
+        )  # fmt: skip
+        return lse  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _by_row(x: Tensor, rows: Rows) -> Tensor:
+        """`[B, H, T, D]`, a view, of the tokens of some rows of `x [tokens, H, D]`."""
+        return x[rows.span].unflatten(0, (len(rows.past), rows.tokens)).transpose(1, 2)
+
+
+def _merged(q: Tensor, k: Tensor, v: Tensor, before: Partial | None, shape: Shape) -> Tensor:
+    """Attention of `q [B, Hq, T, D]` over its own chunk, exact, and what was `before`."""
+    seen = torch.ones(1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    own, value = (Side(ExactCodec(x.shape[-1], x.dtype), (x,)) for x in (k, v))
+    within = attend(q, own, value, seen, shape)
+    return (merge([before, within]) if before is not None else within).out
+
+
+def _merge_on_device(output: Tensor, lse: Tensor, before: Partial) -> None:
+    """Merge what was `before` the chunks of some rows into their `output [tokens, Hq, D]`, with `lse [Hq, tokens]`, by vLLM's kernel."""
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    out = before.out.transpose(1, 2).flatten(0, 1)
+    sums = before.lse.transpose(0, 1).flatten(1)
+    merge_attn_states(output, out.contiguous(), sums.contiguous(), output, lse.contiguous())  # number by number, in place
