@@ -7,6 +7,7 @@ so each precision has a subclass of its own (`of`), which `assign` gives to the 
 
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,8 @@ from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backe
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from kvstack.codecs.base import Precision
-from kvstack.errors import UnsupportedModelError
+from kvstack.errors import RecipeError, UnsupportedModelError
+from kvstack.kernels.decode import Path
 from kvstack.kernels.pages import PAGE
 from kvstack.vllm.choice import wanted
 from kvstack.vllm.settings import Settings, layout
@@ -109,4 +111,20 @@ def assign() -> Settings:
     for i, layer in ours.items():
         layout(settings.precision(i), layer.head_size, layer.kv_cache_torch_dtype)
         layer.attn_backend = of(settings.precision(i))
+    if missing := sorted(set(settings.layers) - set(ours)):
+        raise RecipeError(f"{settings.source}: the model has no full-attention layers {missing} to give other precisions to.")
     return settings
+
+
+def tell(settings: Settings, config: Any, path: Path) -> None:
+    """Say in one line what is served, once the cache is there."""
+    layers = get_layers_from_vllm_config(config, Attention).values()
+    ours = [layer for layer in layers if issubclass(layer.attn_backend, Backend)]
+    tokens = ours[0].kv_cache.shape[0] * PAGE
+    stored = sum(layer.kv_cache[0].nbytes for layer in ours) / PAGE
+    exact = sum(2 * layer.num_kv_heads * 2 * layer.head_size for layer in ours)
+    logger.info(
+        "kvstack %s: %s (%s) in %d of %d layers, %.0f bytes a token, %.2fx smaller than in 16 bits; %s tokens fit. %s kernel: %s.",
+        version("kvstack"), settings.recipe, settings.source, len(ours), len(layers), stored, exact / stored, f"{tokens:,}", path.name,
+        path.reason,
+    )  # fmt: skip

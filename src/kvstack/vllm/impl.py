@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 
@@ -22,7 +23,7 @@ from kvstack.kernels.decode import Body, Exact, decode
 from kvstack.kernels.pages import Pages
 from kvstack.kernels.past import attend_past
 from kvstack.kernels.reference import Partial, Shape, Side, attend, merge
-from kvstack.vllm.backend import assign
+from kvstack.vllm.backend import assign, tell
 from kvstack.vllm.steps import Rows, Step
 
 
@@ -58,6 +59,7 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         self.shape = Shape(self.scale, logits_soft_cap or None)
         self.body: Body | None = None  # of no tokens; codecs and what kernels made of them
         self.settings: Any = None
+        self.config = get_current_vllm_config()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """See vLLM: the moment at which all layers are there and nobody has asked for the size of a page."""
@@ -107,7 +109,15 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         nothing = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
         pages = Pages(page_format(self.head_size, key, value), kv_cache.view(torch.uint8).flatten(2), nothing[None], nothing)
         assert pages.pool.shape[2] == pages.format.nbytes, "the pages are of another format than this layer's"
-        return Body.of(pages, key, value)
+        body = Body.of(pages, key, value)
+        if layer is self._first():
+            tell(self.settings, self.config, body.path)
+        return body
+
+    def _first(self) -> Any:
+        """The first layer that is ours."""
+        layers = get_layers_from_vllm_config(self.config, Attention).values()
+        return next(layer for layer in layers if isinstance(layer.impl, Impl))
 
     def _within(self, step: Step, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """Causal attention of all chunks over themselves, into `output`; returns the logarithms of the sums `[Hq, tokens]`."""
