@@ -16,21 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvstack.cache.eviction import evict
 from kvstack.cache.store import build_codecs, exact_dtype
 from kvstack.codecs.base import Context
 from kvstack.codecs.exact import ExactCodec
 from kvstack.kernels.append import append
 from kvstack.kernels.codes import page_format
-from kvstack.kernels.compact import compact
 from kvstack.kernels.decode import Body, Exact, decode
 from kvstack.kernels.pages import PAGE, Pages
 from kvstack.kernels.reference import Shape, Side, attend, attend_first, merge
-from kvstack.kernels.score import score_linear
 from kvstack.kernels.select import select
 from kvstack.recipe import Recipe
 from kvstack.scorers.base import Scorer, View
-
-DECODED = 2**26  # numbers of keys that are decoded at once when tokens leave
 
 
 @dataclass(frozen=True)
@@ -200,27 +197,5 @@ class StaticStore:
         assert self.scorer is not None
         if self.body is None:  # sinks and window hold all
             return
-        pages, at = self.body.pages, self.steps
-        slots = pages.table.shape[1] * PAGE
-        weights = self.scorer.linear(at.lengths)
-        if weights is not None:
-            raw = score_linear(pages, self.body.key, *weights)
-        else:
-            rows = max(1, DECODED // (pages.pool.shape[1] * slots * pages.format.head_dim))
-            parts = [self._scores(self.body, slice(i, i + rows)) for i in range(0, at.size.batch, rows)]
-            raw = torch.cat(parts)[:, :, None]  # as if every KV head had one query head
-        keep = select(raw, at.body, min(self.places, slots), weights is not None, self.scorer.ordered)
-        compact(pages, keep, at.body.clamp_max(self.places), self.scorer.ordered)
-
-    def _scores(self, body: Body, rows: slice) -> Tensor:
-        """Scores `[b, H, N]` of some rows, for scorers that no kernel serves: keys are decoded, and values if they are asked for."""
-        assert self.scorer is not None
-        at, pages = self.steps, body.pages
-        place = torch.arange(pages.table.shape[1] * PAGE, device=pages.table.device)
-        valid = (place < at.body[rows, None])[:, None].expand(-1, pages.pool.shape[1], -1)
-        part = Body(Pages(pages.format, pages.pool, pages.table[rows], pages.lengths[rows]), body.key, body.value, body.cum)
-        key, value, _ = part.sides()
-        v = value.codec.decode(value.codes) if self.scorer.values else None
-        age = (at.window + at.body[rows] - 1)[:, None, None] - place
-        view = View.of_keys(key.codec.decode(key.codes), v, valid, age.expand(valid.shape), at.lengths[rows], self.scale)
-        return self.scorer.score(view)
+        at = self.steps
+        evict(self.body, self.scorer, self.places, at.lengths, torch.full_like(at.lengths, at.window), self.scale)

@@ -19,7 +19,9 @@ def page_format(head_dim: int, key: Codec, value: Codec) -> Format:
     """The format of pages of these codecs. Raises RecipeError when they have none."""
     k, v = _width(key), _width(value)
     if k is None or v is None:
-        raise RecipeError("Pages hold `polar` with 2, 3 or 4 bits, `fp8`, and numbers of 16 or 32 bits only. For others use `kvstack.Cache`.")
+        raise RecipeError(
+            "Pages hold `polar` with 2, 3 or 4 bits, `fp8`, and numbers of 16 or 32 bits only. For others use `kvstack.Cache`."
+        )
     return Format(head_dim, k, v)
 
 
@@ -35,7 +37,9 @@ def to_page(codec: Codec, codes: Codes) -> tuple[Tensor, Tensor]:
     """Codes `[B, H, n, D]` and scales `[B, H, n]` for a page, of what the codec made."""
     if isinstance(codec, ExactCodec):
         (x,) = codes
-        return x.view(torch.int16 if x.element_size() == 2 else torch.int32), torch.ones(x.shape[:-1], dtype=torch.bfloat16, device=x.device)
+        return x.view(torch.int16 if x.element_size() == 2 else torch.int32), torch.ones(
+            x.shape[:-1], dtype=torch.bfloat16, device=x.device
+        )
     numbers, scale = codes
     if isinstance(codec, Fp8Codec):
         return numbers.view(torch.uint8), scale

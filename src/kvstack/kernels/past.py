@@ -34,7 +34,7 @@ def attend_past(q: Tensor, body: Body, shape: Shape, path: Path | None = None, d
     if path.name == "reference" or max(f.k, f.v) > 8:
         key, value, below = body.sides()
         parts = [reference.attend(queries, key, value, below, shape) for queries in q.split(reference.QUERIES, 2)]
-        return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+        return Partial(torch.cat([p.out for p in parts], 2).to(dtype), torch.cat([p.lse for p in parts], 2))
     from kvstack.kernels import prefill, prefill_hopper  # these need Triton
     from kvstack.kernels.merge import merge_partials
     from kvstack.kernels.rotate import project

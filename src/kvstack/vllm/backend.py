@@ -23,17 +23,20 @@ from kvstack.errors import RecipeError, UnsupportedModelError
 from kvstack.kernels.decode import Path
 from kvstack.kernels.pages import PAGE
 from kvstack.vllm.choice import wanted
+from kvstack.vllm.selection import Plan, SelectionSpec
 from kvstack.vllm.settings import Settings, layout
 
 logger = init_logger("vllm.kvstack")  # below vLLM's own logger, so that its handlers print it
 
 
 class Backend(AttentionBackend):  # type: ignore[misc]
-    """Pages of codes. precision: of the layers that have this class."""
+    """Pages of codes. precision: of the layers that have this class. plan: of evictions, or None. in_flight: see `SelectionSpec`."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
     precision: ClassVar[Precision | None] = None
+    plan: ClassVar[Plan | None] = None
+    in_flight: ClassVar[int] = 0
 
     @staticmethod
     def get_name() -> str:
@@ -86,13 +89,15 @@ class Backend(AttentionBackend):  # type: ignore[misc]
         """See vLLM: the bytes of a token-head."""
         if cls.precision is None or spec.state_content_bytes is not None or not isinstance(spec, FullAttentionSpec):
             return spec
-        return replace(spec, state_content_bytes=layout(cls.precision, spec.head_size, spec.dtype).nbytes // PAGE, dtype=torch.int8)
+        spec = replace(spec, state_content_bytes=layout(cls.precision, spec.head_size, spec.dtype).nbytes // PAGE, dtype=torch.int8)
+        return spec if cls.plan is None else SelectionSpec.of(spec, cls.plan, cls.in_flight)
 
 
 @cache
-def of(precision: Precision) -> type[Backend]:
-    """The backend of layers with this precision. Layers of one class share what is prepared for a step."""
-    return subclass_attention_backend_with_overrides(repr(precision), Backend, {"precision": precision})  # type: ignore[no-any-return]
+def of(precision: Precision, plan: Plan | None, in_flight: int) -> type[Backend]:
+    """The backend of layers with this precision and plan. Layers of one class share what is prepared for a step."""
+    fixed = {"precision": precision, "plan": plan, "in_flight": in_flight}
+    return subclass_attention_backend_with_overrides(repr(precision), Backend, fixed)  # type: ignore[no-any-return]
 
 
 def assign() -> Settings:
@@ -108,9 +113,11 @@ def assign() -> Settings:
         for name, layer in get_layers_from_vllm_config(config, Attention).items()
         if issubclass(layer.attn_backend, Backend)
     }
+    selection = settings.recipe.selection
+    plan = None if selection is None else Plan(selection.budget, selection.interval)
     for i, layer in ours.items():
         layout(settings.precision(i), layer.head_size, layer.kv_cache_torch_dtype)
-        layer.attn_backend = of(settings.precision(i))
+        layer.attn_backend = of(settings.precision(i), plan, config.max_in_flight_tokens)
     if missing := sorted(set(settings.layers) - set(ours)):
         raise RecipeError(f"{settings.source}: the model has no full-attention layers {missing} to give other precisions to.")
     return settings

@@ -31,11 +31,11 @@ def wanted(config: Any) -> Settings | None:
             f"kvstack works with vLLM {', '.join(f'{v}x' for v in VERSIONS)}, and this is {vllm.__version__}. Install one of these "
             f"versions, or take away the recipe ({settings.source})."
         )
-    _check(config)
+    _check(config, settings)
     return settings
 
 
-def _check(config: Any) -> None:
+def _check(config: Any, settings: Settings) -> None:
     """Raise UnsupportedModelError for models and options that pages of codes do not serve."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     reasons = {
@@ -45,6 +45,13 @@ def _check(config: Any) -> None:
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
         f"--block-size {cache.block_size}, and pages hold 128 tokens": cache.user_specified_block_size and cache.block_size % 128,
     }
+    if settings.recipe.selection is not None:
+        evicted = "which cannot be while tokens are evicted"
+        reasons |= {
+            f"prefix caching, {evicted} (--no-enable-prefix-caching)": cache.enable_prefix_caching,
+            f"speculative decoding, {evicted}": config.speculative_config is not None,
+            f"a KV connector, {evicted}": config.kv_transfer_config is not None,
+        }
     for reason, found in reasons.items():
         if found:
             raise UnsupportedModelError(f"kvstack cannot serve this: {model.model} has {reason}. Remove it, or take away the recipe.")
@@ -56,7 +63,9 @@ def __getattr__(name: str) -> Any:
     if wanted(get_current_vllm_config_or_none()) is None:
         path = AttentionBackendEnum[name].value
         if path is None:
-            raise KVStackError("The attention backend CUSTOM is kvstack's, and no recipe was given. Set KVSTACK_RECIPE, such as polar4.")
+            raise KVStackError(
+                "The attention backend CUSTOM is kvstack's, and no recipe was given. Set KVSTACK_RECIPE, such as polar4."
+            )
         return resolve_obj_by_qualname(path)
     from kvstack.vllm.backend import Backend
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 
+from kvstack.cache.eviction import evict
 from kvstack.codecs.base import Context
 from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import UnsupportedModelError
@@ -23,8 +25,12 @@ from kvstack.kernels.decode import Body, Exact, decode
 from kvstack.kernels.pages import Pages
 from kvstack.kernels.past import attend_past
 from kvstack.kernels.reference import Partial, Shape, Side, attend, merge
+from kvstack.profile import Profile
+from kvstack.rope import Rope
+from kvstack.scorers.base import Scorer
 from kvstack.vllm.backend import assign, tell
-from kvstack.vllm.steps import Rows, Step
+from kvstack.vllm.selection import rope, scorer
+from kvstack.vllm.steps import Due, Rows, Step
 
 
 class Impl(AttentionImpl[Step]):  # type: ignore[misc]
@@ -58,7 +64,9 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.shape = Shape(self.scale, logits_soft_cap or None)
         self.body: Body | None = None  # of no tokens; codecs and what kernels made of them
+        self.scorer: Scorer | None = None
         self.settings: Any = None
+        self.told = False
         self.config = get_current_vllm_config()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -80,7 +88,13 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         """Attention of `query [tokens, Hq, D]` into `output`; `key, value [tokens, H, D]` go into `kv_cache [blocks, H, 128, bytes]`."""
         if attn_metadata is None:  # vLLM measures how much memory a forward takes
             return output.zero_()
-        body = self.body = self.body or self._body(layer, kv_cache, query.dtype)
+        if self.body is None:
+            self.body = self._body(layer, kv_cache, query.dtype)
+        if not self.told and kv_cache.shape[0] == self.config.cache_config.num_gpu_blocks:  # and not a small one to try a forward with
+            self.told = True
+            if layer is self._first():
+                tell(self.settings, self.config, self.body.path)
+        body = self.body
         pool, step = kv_cache.view(torch.uint8).flatten(2), attn_metadata
         groups = [rows for rows in (step.decodes, *step.chunks) if rows is not None]
         pasts = [body.over(Pages(body.pages.format, pool, rows.table, rows.past), rows.cum) for rows in groups]
@@ -100,18 +114,35 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
                 _merge_on_device(output[rows.span], lse[:, own], before)
         return output
 
+    def evict(self, layer: Any, due: Due, places: int) -> None:
+        """Leave the rows that are due their best `places` tokens, in the first of their pages."""
+        if self.body is None:
+            return
+        pool = layer.kv_cache.view(torch.uint8).flatten(2)
+        body = self.body.over(Pages(self.body.pages.format, pool, due.table, due.lengths), self.body.cum)
+        assert self.scorer is not None
+        evict(body, self.scorer, places, due.came, due.newer, self.scale)
+
     def _body(self, layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> Body:
-        """The codecs of a layer, and what kernels need of them."""
-        index = extract_layer_index(layer.layer_name)
-        precision = self.settings.precision(index)
-        ctx = Context(self.head_size, self.num_kv_heads, dtype, kv_cache.device)
-        key, value = precision.build("key", ctx), precision.build("value", ctx)
+        """The codecs of a layer, and what kernels need of them; its scorer, if it has one."""
+        index, rank = extract_layer_index(layer.layer_name), get_tensor_model_parallel_rank()
+        settings, profile = self.settings, None
+        own = slice(rank * self.num_kv_heads, (rank + 1) * self.num_kv_heads)
+        if settings.profile is not None:
+            profile = Profile.load(settings.profile)
+        precision, codecs = settings.precision(index), []
+        for side in ("key", "value"):
+            centre = None if profile is None else getattr(profile, f"{side}_centre")[index, own]
+            codecs.append(precision.build(side, Context(self.head_size, self.num_kv_heads, dtype, kv_cache.device, centre)))
+        if settings.recipe.selection is not None:
+            ctx = Context(self.head_size, self.num_kv_heads, dtype, kv_cache.device)
+            turns = rope(self.config.model_config.hf_config, self.head_size)
+            turns = Rope(*(x.to(kv_cache.device) for x in (turns.pairs, turns.frequency, turns.scale)))
+            self.scorer = scorer(settings.recipe.selection, profile, turns, ctx, self.num_heads, index, rank)
         nothing = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
-        pages = Pages(page_format(self.head_size, key, value), kv_cache.view(torch.uint8).flatten(2), nothing[None], nothing)
-        assert pages.pool.shape[2] == pages.format.nbytes, "the pages are of another format than this layer's"
-        body = Body.of(pages, key, value)
-        if layer is self._first():
-            tell(self.settings, self.config, body.path)
+        f = page_format(self.head_size, *codecs)
+        body = Body.of(Pages(f, kv_cache[:0].view(torch.uint8).flatten(2), nothing[None], nothing), *codecs)
+        assert body.pages.pool.shape[2] == f.nbytes, "the pages are of another format than this layer's"
         return body
 
     def _first(self) -> Any:

@@ -21,7 +21,7 @@ import torch
 from kvstack.codecs.base import Context, Precision
 from kvstack.errors import RecipeError
 from kvstack.kernels.codes import page_format
-from kvstack.kernels.pages import Format
+from kvstack.kernels.pages import PAGE, Format
 from kvstack.recipe import Recipe
 
 VARIABLE, KEY, FILE = "KVSTACK_RECIPE", "kvstack", "kvstack.json"
@@ -46,8 +46,23 @@ class Settings:
                 f"`{self.recipe}` keeps a window or sinks exact, and a page of vLLM has one format for all of its tokens. Use "
                 f"`{Recipe(self.recipe.precision, selection=self.recipe.selection)}`, which a server can share between requests."
             )
-        if self.recipe.selection is not None:
-            raise RecipeError(f"`{self.recipe}` evicts tokens, which this plugin does not do. Leave the selection out.")
+        selection = self.recipe.selection
+        if selection is None:
+            return
+        if selection.heads != "separate" or selection.prompt != "compress":
+            raise RecipeError(f"`{self.recipe}`: a server evicts with heads=separate and prompt=compress only.")
+        if selection.budget % PAGE or selection.interval % PAGE:
+            raise RecipeError(
+                f"`{self.recipe}`: pages hold {PAGE} tokens, and a server frees whole ones. Give a budget and an interval that are "
+                f"multiples of {PAGE}, such as {max(PAGE, selection.budget // PAGE * PAGE)}."
+            )
+        if lacking := [need for need in selection.needs if need != "stats"]:
+            raise RecipeError(f"`{self.recipe}` needs {', '.join(lacking)}, which a server has not. Use `tri`.")
+        if selection.needs and self.profile is None:
+            raise RecipeError(
+                f"`{self.recipe}` needs a profile of the model. Make one with `kvstack calibrate MODEL -o DIR`, and give it as "
+                '{"recipe": ..., "profile": "DIR/profile.safetensors"}.'
+            )
 
     def precision(self, layer: int) -> Precision:
         """The precision of a layer."""
