@@ -20,7 +20,7 @@ CONFIG = {
     "kv_connector": "FilledCache",
     "kv_connector_module_path": __name__,
     "kv_role": "kv_both",
-    "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0, "startup_fill": True},
+    "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0, "startup_fill": True, "any_content": True},
 }
 
 

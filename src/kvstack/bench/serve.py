@@ -1,9 +1,9 @@
 """Serving measured: vLLM with its own caches and with ours, each engine in a process of its own, all with the same arguments.
 
-    {engine, kv, B, N, capacity_tokens, prefill_tokens_per_s, ms_per_step, tokens_per_s}
+    {engine, kv, kind, B, N, capacity_tokens, prefill_tokens_per_s, ms_per_step, tokens_per_s}
 
-kind says what a row is of: `prefill`, `step` or `largest` (as many rows as fit). The model has a shape of `generate.SHAPES` and random
-weights, or is yours. What the engine's process does is `serve_engine`.
+What the kinds of rows are, `serve_engine` says. The model has a shape of `generate.SHAPES` and random weights, and statistics of its
+queries are random too, or it is yours.
 """
 
 import json
@@ -11,83 +11,131 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvstack.bench.generate import SHAPES
 from kvstack.errors import BadInputError
+from kvstack.profile import Profile
+from kvstack.recipe import Recipe
 from kvstack.vllm.settings import VARIABLE
 
 Row = dict[str, Any]
 PEERS = ("bf16", "fp8", "turboquant_4bit_nc", "int4_per_token_head")  # words of vLLM's --kv-cache-dtype; bf16 is its `auto`
-STEPS = ((1, 32768), (8, 32768), (32, 4096), (32, 16384), (128, 2048))
+OWN = ("polar4", "tri(3072)+polar4")
 LIMIT = 40960  # tokens of a request
 
 
-def folder(shape: str, to: Path) -> Path:
-    """Write the config of a shape of `SHAPES` into a folder, for random weights. Raises BadInputError for another name."""
+@dataclass(frozen=True)
+class Points:
+    """What to measure: (tokens, rows) of prefills, (rows, tokens) of steps, tokens of largest batches and of whole generations."""
+
+    prefill: Sequence[tuple[int, int]] = ((16384, 4), (32768, 2))
+    steps: Sequence[tuple[int, int]] = ((1, 32768), (8, 32768), (32, 4096), (32, 16384), (128, 2048))
+    largest: Sequence[int] = (32768,)
+    generation: Sequence[int] = (32768,)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """memory: of the GPU's, that an engine may take. rows: at most at once. profile: of a selection for a model with weights. log: where
+    the engines' output goes. extra: further arguments of `vllm.LLM`."""
+
+    memory: float = 0.9
+    rows: int = 1024
+    profile: Path | None = None
+    log: Path | None = None
+    extra: Row = field(default_factory=dict)
+
+
+def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, tell: Callable[[str], object] = print) -> list[Row]:
+    """Rows of all engines; one that fails has a row with its `reason`. model: a name of `SHAPES`, a folder or a hub name.
+
+    Raises RecipeError for an engine that is none of vLLM's caches and no recipe, BadInputError for a selection without a profile.
+    """
+    recipes = {kv: None if kv in PEERS else Recipe.parse(kv) for kv in engines}
+    out: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        path = str(random_model(model, place / "model")) if model in SHAPES else model
+        profile = how.profile or (place / "model" / "profile" / "profile.safetensors" if model in SHAPES else None)
+        for kv, recipe in recipes.items():
+            tell(kv)
+            selection = None if recipe is None else recipe.selection
+            if selection is not None and profile is None:
+                raise BadInputError(f"`{kv}` needs a profile of {model}. Make one with `kvstack calibrate`, and give it as --profile.")
+            environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+            if recipe is not None:
+                asked = place / "kvstack.json"
+                asked.write_text(json.dumps({"recipe": kv} | ({} if selection is None else {"profile": str(profile)})))
+                environment[VARIABLE] = str(asked)
+            some = points if selection is None else Points((), (), (), points.generation)
+            task = asdict(some) | dict(
+                model=path,
+                arguments=_arguments(kv, points, model in SHAPES, how),
+                selection=None if selection is None else dict(budget=selection.budget, interval=selection.interval),
+            )
+            names = dict(engine="vLLM" if recipe is None else "vLLM + kvstack", kv=kv)
+            out += [names | row for row in _engine(kv, task, place, environment, how.log)]
+    return out
+
+
+def random_model(shape: str, to: Path) -> Path:
+    """Write the config of a shape of `SHAPES` into a folder, for random weights, and beside it random statistics of queries."""
     import transformers
 
-    if shape not in SHAPES:
-        raise BadInputError(f"There is no shape {shape!r}. Shapes are {', '.join(SHAPES)}; or give the folder or hub name of a model.")
     name, config = SHAPES[shape]
     made = getattr(transformers, f"{name}Config")(**config | {"max_position_embeddings": LIMIT}, architectures=[f"{name}ForCausalLM"])
-    made.torch_dtype = "bfloat16"
+    made.dtype = torch.bfloat16
     made.save_pretrained(to)
+    layers, heads, kv_heads, size = made.num_hidden_layers, made.num_attention_heads, made.num_key_value_heads, made.head_dim
+    g = torch.Generator().manual_seed(0)
+    real, imaginary = torch.randn(2, layers, heads, size // 2, generator=g)
+    zero = torch.zeros(layers, kv_heads, size)
+    frequency = 10_000.0 ** (-2 * torch.arange(size // 2) / size)
+    (to / "profile").mkdir()
+    Profile(zero, zero.clone(), real, imaginary, 1.5 * torch.hypot(real, imaginary), frequency, "none", "random numbers", 0).save(
+        to / "profile" / "profile.safetensors"
+    )
     return to
 
 
-def arguments(kv: str, steps: Iterable[tuple[int, int]], random_weights: bool, memory: float, rows: int, limit: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for an engine; they differ in nothing but the cache. rows: the most at once."""
+def _arguments(kv: str, points: Points, random_weights: bool, how: Arguments) -> Row:
+    """Arguments of `vllm.LLM` for an engine; they differ in nothing but the cache."""
     from kvstack.bench import filled_cache
 
-    sizes = sorted({1, 2, 4, 8, *range(16, rows + 1, 16), *(b for b, _ in steps)})
+    few = range(8, min(how.rows, 128) + 1, 8)
+    sizes = sorted({1, 2, 4, *few, *range(192, how.rows + 1, 64), *(b for b, _ in points.steps)})
     return dict(
         dtype="bfloat16",
         kv_cache_dtype=kv if kv in PEERS[1:] else "auto",
         load_format="dummy" if random_weights else "auto",
         skip_tokenizer_init=True,
-        max_model_len=limit,
-        max_num_seqs=rows,
-        gpu_memory_utilization=memory,
+        max_model_len=LIMIT,
+        max_num_seqs=how.rows,
+        gpu_memory_utilization=how.memory,
         enable_prefix_caching=False,
         kv_transfer_config=filled_cache.CONFIG,
-        compilation_config={"cudagraph_capture_sizes": sizes},
+        compilation_config={"cudagraph_capture_sizes": [s for s in sizes if s <= how.rows]},
+        **how.extra,
     )
 
 
-def measure(
-    model: str, engines: Sequence[str], prefill: Sequence[tuple[int, int]], steps: Sequence[tuple[int, int]], largest: Sequence[int],
-    memory: float = 0.9, rows: int = 128, log: Path | None = None, tell: Callable[[str], None] = print,
-) -> list[Row]:  # fmt: skip
-    """Rows of all engines. An engine that fails has one row with its `reason`."""
-    out: list[Row] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        random_weights = model in SHAPES
-        path = str(folder(model, place / "model")) if random_weights else model
-        for kv in engines:
-            task = dict(
-                model=path, prefill=prefill, steps=steps, largest=largest,
-                arguments=arguments(kv, steps, random_weights, memory, rows, LIMIT),
-            )  # fmt: skip
-            tell(kv)
-            out += [dict(engine="vLLM" if kv in PEERS else "vLLM + kvstack", kv=kv) | row for row in _engine(kv, task, place, log)]
-    return out
-
-
-def _engine(kv: str, task: dict[str, Any], place: Path, log: Path | None) -> list[Row]:
+def _engine(kv: str, task: Row, place: Path, environment: dict[str, str], log: Path | None) -> list[Row]:
     source, to = place / "task.json", place / "rows.json"
     source.write_text(json.dumps(task))
     to.unlink(missing_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k != VARIABLE} | ({} if kv in PEERS else {VARIABLE: kv})
     command = [sys.executable, "-m", "kvstack.bench.serve_engine", str(source), str(to)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if log is not None:
         with log.open("a") as file:
             file.write(f"=== {kv}\n{done.stdout}\n")
-    if to.exists():
-        return list(json.loads(to.read_text()))
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    return [dict(kind="failed", B=None, N=None, reason=(lines or ["no output"])[-1][-300:])]
+    rows = list(json.loads(to.read_text())) if to.exists() else []
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if "Error" in line] or ["no output"]
+        rows.append(dict(kind="failed", B=None, N=None, reason=lines[-1][-300:]))
+    return rows

@@ -50,7 +50,8 @@ def _check(config: Any, settings: Settings) -> None:
         reasons |= {
             f"prefix caching, {evicted} (--no-enable-prefix-caching)": cache.enable_prefix_caching,
             f"speculative decoding, {evicted}": config.speculative_config is not None,
-            f"a KV connector, {evicted}": config.kv_transfer_config is not None,
+            f"a KV connector, {evicted}": config.kv_transfer_config is not None
+            and not config.kv_transfer_config.get_from_extra_config("any_content", False),
         }
     for reason, found in reasons.items():
         if found:
