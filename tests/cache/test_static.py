@@ -202,7 +202,7 @@ def test_bytes_are_those_of_the_slots_and_the_pages() -> None:
     assert whole.nbytes == 2 * 41 * H * 2 * D * 4
 
 
-@pytest.mark.parametrize("recipe", ["int4", "polar5", "turboquant4", "exact(window=4)"])  # the last one of float32
+@pytest.mark.parametrize("recipe", ["int4", "polar5", "turboquant4"])
 def test_what_has_no_pages_is_refused(recipe: str) -> None:
     with pytest.raises(RecipeError, match=r"kvstack\.Cache"):
         static(Recipe.parse(recipe), 1, 500)

@@ -77,15 +77,17 @@ class Engine:
 
     def generation(self, n: int) -> Row:
         """See the module."""
-        b = self.fitting(n)
+        b, plain = self.fitting(n), 0.0
         if self.selection is not None:
             budget, interval = self.selection["budget"], self.selection["interval"]
             lengths = [random.randrange(budget, budget + interval - SHORT) for _ in range(b)]  # so that they are due at different times
-            at = {"budget": self.step(lengths, 1, SHORT + 2 * interval)[0]}
+            plain = self.step([budget] * b, 1)[0]  # without an eviction
+            at = {"evicting": self.step(lengths, 1, SHORT + 2 * interval)[0]}
         else:
             at = {str(m): self.step([m] * b, 1)[0] for m in (round((i + 0.5) * n / POINTS) for i in range(POINTS))}
         ms_at = {length: 1e3 * t for length, t in at.items()}
-        return dict(kind="generation", B=b, N=n, **_speed(b, statistics.mean(at.values())), ms_at=ms_at)
+        more = {"ms_without_eviction": 1e3 * plain} if self.selection is not None else {}
+        return dict(kind="generation", B=b, N=n, **_speed(b, statistics.mean(at.values())), ms_at=ms_at, **more)
 
 
 def _speed(b: int, seconds: float) -> Row:

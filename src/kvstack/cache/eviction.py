@@ -17,17 +17,23 @@ from kvstack.scorers.base import Scorer, View
 DECODED = 2**26  # numbers of keys that are decoded at once
 
 
-def evict(body: Body, scorer: Scorer, places: int, came: Tensor, newer: Tensor, scale: float) -> None:
+def evict(body: Body, scorer: Scorer, places: int, came: Tensor, newer: Tensor, scale: float, layers: int = 1) -> None:
     """Leave every row of the body the `places` tokens that the scorer wants most, at its front, if it has more.
 
-    came: `[B]`, tokens of each row so far. newer: `[B]`, of which so many came after those of the body. scale: of the logits.
+    came: `[B]`, tokens of each row so far. newer: `[B]`, of which so many came after those of the body. scale: of the logits. layers: the
+    body has the B rows of so many layers, one layer after the other, and to a scorer of statistics their heads are those of one.
     """
     pages = body.pages
     slots = pages.table.shape[1] * PAGE
     weights = scorer.linear(came)
     if weights is not None:
-        raw = score_linear(pages, body.key, *weights)
+        rope, w, c = weights
+        if layers > 1:
+            w = w.unflatten(1, (layers, -1)).transpose(0, 1).flatten(0, 1)
+            c = c.unflatten(0, (layers, -1)).repeat_interleave(len(came), 0)
+        raw = score_linear(pages, body.key, rope, w.contiguous(), c)
     else:
+        came, newer = came.repeat(layers), newer.repeat(layers)
         rows = max(1, DECODED // (pages.pool.shape[1] * slots * pages.format.head_dim))
         parts = [_scores(body, scorer, came, newer, scale, slice(i, i + rows)) for i in range(0, len(came), rows)]
         raw = torch.cat(parts)[:, :, None]  # as if every KV head had one query head

@@ -31,7 +31,7 @@ CHUNK = 32  # bands that a program works on at once: with their keys and its pag
 def score_pages(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> Tensor:
     """`score.score_linear` on a GPU."""
     f, (batch, heads, groups, head_dim), slots = pages.format, w.shape, pages.table.shape[1]
-    assert groups <= ROWS and c.shape == (heads, groups, head_dim // 2) and w.is_contiguous() and c.is_contiguous()
+    assert groups <= ROWS and c.shape[-3:] == (heads, groups, head_dim // 2) and w.is_contiguous() and c.is_contiguous()
     assert w.dtype == c.dtype == torch.float32 and head_dim == f.head_dim and pages.pool.shape[1:] == (heads, f.nbytes)
     assert pages.table.shape[0] == batch and pages.table.stride(1) == 1 and pages.pool.is_contiguous()
     order = rope.pairs.to(w.device).flatten()
@@ -47,7 +47,7 @@ def score_pages(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> T
     if out.numel():
         linear_kernel[(batch * heads, slots)](
             key.project(w).contiguous(), bias, c, basis, centre, levels,
-            pages.pool, pages.table, pages.lengths, out, heads, groups, pages.table.stride(0),
+            pages.pool, pages.table, pages.lengths, out, heads, groups, pages.table.stride(0), c.numel() // (groups * (head_dim // 2)),
             D=head_dim, BITS=f.k, SCALES_AT=f.scale_offset, PAGE_BYTES=f.nbytes, PAGE=PAGE, M=ROWS,
             CHUNK=CHUNK, CENTRE=key.centre is not None, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
@@ -63,7 +63,7 @@ def _pairs(levels: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["table_stride"])  # it changes with the length of a row
 def linear_kernel(
-    latent, bias, c, basis, centre, levels, pool, table, lengths, out, heads, groups, table_stride,
+    latent, bias, c, basis, centre, levels, pool, table, lengths, out, heads, groups, table_stride, c_segments,
     D: tl.constexpr, BITS: tl.constexpr, SCALES_AT: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
     CHUNK: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def linear_kernel(
     score = tl.trans(part) * (scale * tl.trans(w_most))
     if CENTRE:
         score += tl.load(bias + segment * groups + g, mask=g < groups, other=0.0)[None, :]
-    c += (h * groups + g)[:, None] * F
+    c += (segment % c_segments * groups + g)[:, None] * F  # of all rows, or the same for each
     for at in range(0, F, CHUNK):
         f = at + tl.arange(0, CHUNK)[None, :]
         re = tl.dot(x, tl.load(basis + d * D + f)) * scale

@@ -37,7 +37,7 @@ OCCUPANCY, REGISTERS = 2, 255  # programs of a multiprocessor; registers of a th
 def score_pages(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> Tensor:
     """`score.score_linear` on Hopper, for codecs that `decode.choose` sends there, and head sizes of `HEAD_DIMS`."""
     f, (batch, heads, groups, head_dim), slots = pages.format, w.shape, pages.table.shape[1]
-    assert groups <= ROWS and head_dim in HEAD_DIMS and c.shape == (heads, groups, head_dim // 2) and c.is_contiguous()
+    assert groups <= ROWS and head_dim in HEAD_DIMS and c.shape[-3:] == (heads, groups, head_dim // 2) and c.is_contiguous()
     assert w.dtype == c.dtype == torch.float32 and head_dim == f.head_dim and pages.pool.shape[1:] == (heads, f.nbytes)
     assert pages.table.shape[0] == batch and pages.table.stride(1) == 1 and pages.pool.is_contiguous()
     half = key.dtype if isinstance(key, ExactCodec) else torch.float16
@@ -54,7 +54,7 @@ def score_pages(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> T
     if out.numel():
         linear_kernel[(min(batch * heads * slots, processors(w.device) * OCCUPANCY),)](
             latent, bias, c, basis, centre, levels, pages.pool, pages.table, pages.lengths, out,
-            batch * heads * slots, heads, groups, slots, pages.table.stride(0),
+            batch * heads * slots, heads, groups, slots, pages.table.stride(0), c.numel() // (groups * (head_dim // 2)),
             D=head_dim, K=f.k, R=max(4, 1 << (groups - 1).bit_length()), SCALES=f.scale_offset, NBYTES=f.nbytes,
             HALF=gl.bfloat16 if half == torch.bfloat16 else gl.float16, CENTRE=key.centre is not None,
             num_warps=4, maxnreg=REGISTERS,
@@ -110,7 +110,7 @@ def _small(shared, x, most, TYPE: gl.constexpr):
 def linear_kernel(
     latent,  # [B, H, G, D] float32, columns as those of x
     bias,  # [B, H, G]
-    c,  # [H, G, D / 2]
+    c,  # [c_segments, G, D / 2]: of all rows, or the same for each
     basis,  # [D, D]: column 2 f or 2 f + 1 of the keys, and columns as those of x
     centre,  # [H, D], column 2 f or 2 f + 1
     levels,  # [2, 4] int32
@@ -123,6 +123,7 @@ def linear_kernel(
     groups,
     slots,
     table_stride,
+    c_segments,
     D: gl.constexpr,
     K: gl.constexpr,  # bits
     R: gl.constexpr,  # query heads of a KV head, padded
@@ -197,14 +198,15 @@ def linear_kernel(
             _small(w_shared, w, most, HALF)
             w_most = gl.convert_layout(most, ROW)
             f = gl.arange(0, F, layout=gl.SliceLayout(0, Q))
-            factor = gl.load(c + (h * groups + r[:, None]) * F + f[None, :], mask=(r < groups)[:, None], other=0.0)
+            of = segment % c_segments
+            factor = gl.load(c + (of * groups + r[:, None]) * F + f[None, :], mask=(r < groups)[:, None], other=0.0)
             most = gl.maximum(gl.max(gl.abs(factor), 1), 1e-30)
             c_most = gl.convert_layout(most, ROW)
             for i in gl.static_range(D // 64):
                 # Column 16 s + 8 h + 2 t + i of |k| is the band 16 s + 8 h + 4 i + t of 32.
                 p = gl.arange(0, 32, layout=gl.SliceLayout(0, Q))
                 band = 32 * i + p // 8 * 8 + p % 2 * 4 + p // 2 % 4
-                factor = gl.load(c + (h * groups + r[:, None]) * F + band[None, :], mask=(r < groups)[:, None], other=0.0)
+                factor = gl.load(c + (of * groups + r[:, None]) * F + band[None, :], mask=(r < groups)[:, None], other=0.0)
                 _small(c_shared.index(i), factor, most, gl.float16)
             if CENTRE:
                 shift = gl.load(bias + segment * groups + row, mask=row < groups, other=0.0)

@@ -19,19 +19,21 @@ from kvstack.rope import Rope
 def score_linear(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> Tensor:
     """Scores `[B, H, G, N]` float32 for all N = 128 * pages slots of the table; 0 behind the end of a row.
 
-    key: the codec of K. w: `[B, H, G, D]`, c: `[H, G, D / 2]`, both float32. Launches depend on shapes alone, so a CUDA graph
+    key: the codec of K. w: `[B, H, G, D]`, c: `[H, G, D / 2]`, or `[B, H, G, D / 2]` of every row, both float32. Launches depend on shapes alone, so a CUDA graph
     can hold them if `rope` lies on the device.
     """
     if choose(w.device).name == "reference":
         codes, _, scales = read(pages)
         here = torch.arange(codes.shape[2], device=w.device) < pages.lengths[:, None, None]
         keys = key.decode(from_page(key, codes, scales[..., 0])).masked_fill(~here[..., None], 0)
-        return torch.einsum("bhgd,bhnd->bhgn", w, keys) + torch.einsum("hgf,bhnf->bhgn", c, rope.bands(keys).abs())
+        return torch.einsum("bhgd,bhnd->bhgn", w, keys) + torch.einsum(
+            "bhgf,bhnf->bhgn", c.expand(len(w), *c.shape[-3:]), rope.bands(keys).abs()
+        )
     from kvstack.kernels import linear, linear_hopper  # need Triton
     from kvstack.kernels.portable import ROWS
 
     hopper = choose(w.device, key).name == "hopper" and w.shape[-1] in linear_hopper.HEAD_DIMS
     kernel = linear_hopper if hopper else linear
-    query_heads = zip(w.split(ROWS, 2), c.split(ROWS, 1), strict=True)  # as many as a program takes
+    query_heads = zip(w.split(ROWS, 2), c.split(ROWS, -2), strict=True)  # as many as a program takes
     parts: list[Tensor] = [kernel.score_pages(pages, key, rope, some.contiguous(), of.contiguous()) for some, of in query_heads]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

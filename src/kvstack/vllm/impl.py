@@ -15,7 +15,6 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 
-from kvstack.cache.eviction import evict
 from kvstack.codecs.base import Context
 from kvstack.codecs.exact import ExactCodec
 from kvstack.errors import UnsupportedModelError
@@ -26,11 +25,8 @@ from kvstack.kernels.pages import Pages
 from kvstack.kernels.past import attend_past
 from kvstack.kernels.reference import Partial, Shape, Side, attend, merge
 from kvstack.profile import Profile
-from kvstack.rope import Rope
-from kvstack.scorers.base import Scorer
 from kvstack.vllm.backend import assign, tell
-from kvstack.vllm.selection import rope, scorer
-from kvstack.vllm.steps import Due, Rows, Step
+from kvstack.vllm.steps import Rows, Step
 
 
 class Impl(AttentionImpl[Step]):  # type: ignore[misc]
@@ -64,7 +60,6 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.shape = Shape(self.scale, logits_soft_cap or None)
         self.body: Body | None = None  # of no tokens; codecs and what kernels made of them
-        self.scorer: Scorer | None = None
         self.settings: Any = None
         self.told = False
         self.config = get_current_vllm_config()
@@ -90,7 +85,8 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
             return output.zero_()
         if self.body is None:
             self.body = self._body(layer, kv_cache, query.dtype)
-        if not self.told and kv_cache.shape[0] == self.config.cache_config.num_gpu_blocks:  # and not a small one to try a forward with
+        # vLLM tries graphs with a small cache first, of a block a row.
+        if not self.told and kv_cache.shape[0] > self.config.scheduler_config.max_num_seqs:
             self.told = True
             if layer is self._first():
                 tell(self.settings, self.config, self.body.path)
@@ -114,17 +110,8 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
                 _merge_on_device(output[rows.span], lse[:, own], before)
         return output
 
-    def evict(self, layer: Any, due: Due, places: int) -> None:
-        """Leave the rows that are due their best `places` tokens, in the first of their pages."""
-        if self.body is None:
-            return
-        pool = layer.kv_cache.view(torch.uint8).flatten(2)
-        body = self.body.over(Pages(self.body.pages.format, pool, due.table, due.lengths), self.body.cum)
-        assert self.scorer is not None
-        evict(body, self.scorer, places, due.came, due.newer, self.scale)
-
     def _body(self, layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> Body:
-        """The codecs of a layer, and what kernels need of them; its scorer, if it has one."""
+        """The codecs of a layer, and what kernels need of them."""
         index, rank = extract_layer_index(layer.layer_name), get_tensor_model_parallel_rank()
         settings, profile = self.settings, None
         own = slice(rank * self.num_kv_heads, (rank + 1) * self.num_kv_heads)
@@ -134,11 +121,6 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         for side in ("key", "value"):
             centre = None if profile is None else getattr(profile, f"{side}_centre")[index, own]
             codecs.append(precision.build(side, Context(self.head_size, self.num_kv_heads, dtype, kv_cache.device, centre)))
-        if settings.recipe.selection is not None:
-            ctx = Context(self.head_size, self.num_kv_heads, dtype, kv_cache.device)
-            turns = rope(self.config.model_config.hf_config, self.head_size)
-            turns = Rope(*(x.to(kv_cache.device) for x in (turns.pairs, turns.frequency, turns.scale)))
-            self.scorer = scorer(settings.recipe.selection, profile, turns, ctx, self.num_heads, index, rank)
         nothing = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
         f = page_format(self.head_size, *codecs)
         body = Body.of(Pages(f, kv_cache[:0].view(torch.uint8).flatten(2), nothing[None], nothing), *codecs)

@@ -19,22 +19,27 @@ rejected would be counted, so no speculative decoding either (`choice` refuses).
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
-from kvstack.codecs.base import Context
+from kvstack.cache.eviction import evict
 from kvstack.errors import RecipeError
-from kvstack.kernels.pages import PAGE
+from kvstack.kernels.pages import PAGE, Pages
 from kvstack.profile import Profile
 from kvstack.rope import Rope, rope_of
 from kvstack.scorers.base import Layer, QueryStats, Scorer, Selection
+from kvstack.vllm.settings import Settings
+
+SCORES = 2**26  # that are worked out at once
 
 
 @dataclass(frozen=True)
@@ -103,19 +108,63 @@ class SelectionSpec(FullAttentionSpec):  # type: ignore[misc]
         return specs[0]
 
 
-def scorer(selection: Selection, profile: Profile | None, rope: Rope, key: Context, query_heads: int, index: int, rank: int) -> Scorer:
-    """The scorer of layer `index`, of whose heads this process has the `rank`-th part. Raises RecipeError for one that pages cannot serve."""
-    stats = None
-    if profile is not None:
-        own = slice(rank * query_heads, (rank + 1) * query_heads)
-        all_stats = profile.layer(index, key.device)
-        stats = QueryStats(all_stats.mean[own], all_stats.norm[own])
-    made = selection.build(Layer(key.head_dim, key.num_heads, query_heads // key.num_heads, rope, key.device, index=index, stats=stats))
-    if made.queries or made.records or made.observes:
-        raise RecipeError(
-            "This scorer looks at more than keys and values, which a server does not keep. Use `tri` or another one of keys."
-        )
-    return made
+@dataclass(frozen=True)
+class Due:
+    """Rows that have tokens to give away. table: `[B, pages]`. lengths: `[B]` int32, tokens among which to choose, in whole pages. came,
+    newer: `[B]`, all tokens of the rows and those after these."""
+
+    table: Tensor
+    lengths: Tensor
+    came: Tensor
+    newer: Tensor
+
+    def split(self, rows: int) -> "Iterator[Due]":
+        """Some rows at a time."""
+        parts = (x.split(rows) for x in (self.table, self.lengths, self.came, self.newer))
+        return (Due(*part) for part in zip(*parts, strict=True))
+
+
+class Evictor:
+    """Evicts tokens of all `layers` at once, whose pages lie one layer behind the other. settings: the selection and the profile."""
+
+    def __init__(self, layers: Sequence[Any], settings: Settings, config: Any) -> None:
+        self.layers = sorted(layers, key=lambda layer: layer.kv_cache.data_ptr())
+        first, self.count = self.layers[0], len(layers)
+        pool = first.kv_cache.view(torch.uint8).flatten(2)
+        for i, layer in enumerate(self.layers):
+            assert layer.kv_cache.data_ptr() == pool.data_ptr() + i * pool.nbytes, "pages of layers lie apart"
+        self.blocks = len(pool)
+        self.pool = pool.as_strided((self.count * self.blocks, *pool.shape[1:]), pool.stride(), pool.storage_offset())
+        self.body, self.scale = first.impl.body, first.impl.scale
+        assert settings.recipe.selection is not None
+        self.scorer = self._scorer(settings.recipe.selection, settings.profile, config, first.impl)
+
+    def _scorer(self, selection: Selection, profile: str | None, config: Any, impl: Any) -> Scorer:
+        """The scorer of all heads of all layers. Raises RecipeError for one that looks at what a server does not keep."""
+        heads, query_heads = self.count * impl.num_kv_heads, impl.num_heads
+        device, stats = self.pool.device, None
+        if profile is not None:
+            rank = get_tensor_model_parallel_rank()
+            own, held = slice(rank * query_heads, (rank + 1) * query_heads), Profile.load(profile)
+            all_stats = [held.layer(extract_layer_index(layer.layer_name), device) for layer in self.layers]
+            stats = QueryStats(*(torch.cat([getattr(s, name)[own] for s in all_stats]) for name in ("mean", "norm")))
+        turns = rope(config.model_config.hf_config, impl.head_size)
+        turns = Rope(*(x.to(device) for x in (turns.pairs, turns.frequency, turns.scale)))
+        made = selection.build(Layer(impl.head_size, heads, query_heads // impl.num_kv_heads, turns, device, stats=stats))
+        if made.queries or made.records or made.observes:
+            raise RecipeError(
+                "This scorer looks at more than keys and values, which a server does not keep. Use `tri`, or one of keys."
+            )
+        return made
+
+    def evict(self, due: Due, places: int) -> None:
+        """Leave the rows that are due their best `places` tokens, in the first of their pages."""
+        pages, groups = due.table.shape[1], self.layers[0].impl.num_heads
+        shift = torch.arange(self.count, dtype=torch.int32, device=due.table.device) * self.blocks
+        for some in due.split(max(1, SCORES // (self.count * groups * pages * PAGE))):
+            table = (some.table + shift[:, None, None]).flatten(0, 1)
+            body = self.body.over(Pages(self.body.pages.format, self.pool, table, some.lengths.repeat(self.count)), self.body.cum)
+            evict(body, self.scorer, places, some.came, some.newer, self.scale, self.count)
 
 
 def rope(config: Any, head_dim: int) -> Rope:

@@ -11,6 +11,7 @@ With a selection, `past` and `table` are what evictions have left (`selection.Pl
 prepared: nothing has been written since, and no graph has to hold it.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from kvstack.kernels.decode import schedule
 from kvstack.kernels.pages import PAGE
-from kvstack.vllm.selection import Plan, SelectionSpec
+from kvstack.vllm.selection import Due, Evictor, Plan, SelectionSpec
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,6 @@ class Rows:
     def span(self) -> slice:
         """Their tokens of the step."""
         return slice(self.first, self.first + len(self.past) * self.tokens)
-
-
-@dataclass(frozen=True)
-class Due:
-    """Rows that have tokens to give away. table: `[B, pages]`. lengths: `[B]` int32, tokens among which to choose, in whole pages. came,
-    newer: `[B]`, all tokens of the rows and those after these."""
-
-    table: Tensor
-    lengths: Tensor
-    came: Tensor
-    newer: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +75,7 @@ class Builder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         self.causal: dict[int, Tensor] = {}
         self.plan: Plan | None = None
         self.due: Due | None = None
+        self.evictor: Evictor | None = None
         if isinstance(kv_cache_spec, SelectionSpec):
             self.plan = Plan(kv_cache_spec.budget, kv_cache_spec.interval)
             self.table = torch.zeros(rows, self._columns(1), dtype=torch.int32, device=device)
@@ -95,7 +86,7 @@ class Builder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         rows, (decoding, _, first, _) = c.num_reqs, split_decodes_and_prefills(c, self.reorder_batch_threshold, require_uniform=True)
         starts = c.query_start_loc_cpu[: rows + 1].tolist()
         ends = c.seq_lens_cpu_upper_bound[:rows].tolist()
-        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(starts)]
         counts, past = self.counts[:rows], self.past[:rows]
         torch.sub(c.query_start_loc[1 : rows + 1], c.query_start_loc[:rows], out=counts)
         torch.sub(c.seq_lens[:rows], counts, out=past).clamp_(min=0)
@@ -135,9 +126,7 @@ class Builder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
     def _evicting(self, plan: Plan, table: Tensor, past: Tensor, ends: list[int], lengths: list[int], decoding: int) -> Tensor:
         """Evict what the last step made due, take from `past` what is gone, note what this step makes due, and return the rows' pages."""
         if self.due is not None:
-            for name in self.layer_names:
-                layer = self.vllm_config.compilation_config.static_forward_context[name]
-                layer.impl.evict(layer, self.due, plan.budget)
+            self._evictor().evict(self.due, plan.budget)
         gone = plan.gone(past)
         past.sub_(gone)
         pages = plan.table(table, gone, self._columns(max(lengths)))
@@ -152,6 +141,13 @@ class Builder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
             self.due = Due(pages[rows.long(), : max(held) // PAGE], *numbers)
         # A graph is of decode steps alone.
         return self.table[:decoding].copy_(pages) if decoding == len(ends) else pages
+
+    def _evictor(self) -> Evictor:
+        """What evicts in our layers, as long as their caches are where they were."""
+        layers = [self.vllm_config.compilation_config.static_forward_context[name] for name in self.layer_names]
+        if self.evictor is None or self.evictor.layers[0].kv_cache.data_ptr() != self.evictor.pool.data_ptr():
+            self.evictor = Evictor(layers, layers[0].impl.settings, self.vllm_config)
+        return self.evictor
 
     def _to_device(self, *lists: list[int]) -> Tensor:
         """Lists of one length as `[lists, n]` int32, without waiting."""
