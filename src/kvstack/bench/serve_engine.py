@@ -82,6 +82,7 @@ class Engine:
             budget, interval = self.selection["budget"], self.selection["interval"]
             lengths = [random.randrange(budget, budget + interval - SHORT) for _ in range(b)]  # so that they are due at different times
             plain = self.step([budget] * b, 1)[0]  # without an eviction
+            self.run(lengths, SHORT + interval)  # with all
             at = {"evicting": self.step(lengths, 1, SHORT + 2 * interval)[0]}
         else:
             at = {str(m): self.step([m] * b, 1)[0] for m in (round((i + 0.5) * n / POINTS) for i in range(POINTS))}

@@ -118,6 +118,12 @@ class Due:
     came: Tensor
     newer: Tensor
 
+    @staticmethod
+    def nothing(pages: int, device: torch.device) -> "Due":
+        """A row without tokens."""
+        none = torch.zeros(1, dtype=torch.int32, device=device)
+        return Due(none[:, None].repeat(1, pages), none, none, none)
+
     def split(self, rows: int) -> "Iterator[Due]":
         """Some rows at a time."""
         parts = (x.split(rows) for x in (self.table, self.lengths, self.came, self.newer))

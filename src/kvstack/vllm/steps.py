@@ -116,6 +116,8 @@ class Builder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         """See vLLM: a step of made-up rows, of which nothing is due."""
         step = self.build(0, common_attn_metadata)
         self.due = None
+        if self.plan is not None and self.evictor is None and self._layers()[0].impl.body is not None:
+            self._evictor().evict(Due.nothing(self._columns(0), self.device), self.plan.budget)  # compiles what it needs
         return step
 
     def _columns(self, tokens: int) -> int:
@@ -142,9 +144,12 @@ class Builder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         # A graph is of decode steps alone.
         return self.table[:decoding].copy_(pages) if decoding == len(ends) else pages
 
+    def _layers(self) -> list[Any]:
+        return [self.vllm_config.compilation_config.static_forward_context[name] for name in self.layer_names]
+
     def _evictor(self) -> Evictor:
         """What evicts in our layers, as long as their caches are where they were."""
-        layers = [self.vllm_config.compilation_config.static_forward_context[name] for name in self.layer_names]
+        layers = self._layers()
         if self.evictor is None or self.evictor.layers[0].kv_cache.data_ptr() != self.evictor.pool.data_ptr():
             self.evictor = Evictor(layers, layers[0].impl.settings, self.vllm_config)
         return self.evictor
