@@ -18,7 +18,7 @@ FLOORS = [
     {"environment", "codecs", "scorers"},
     {"allocators", "recipe", "kernels", "profile"},
     {"presets", "cache", "calibrate", "attention"},
-    {"hf"},
+    {"hf", "vllm"},
     {"lab"},
     {"eval", "bench"},
     {"cli"},

@@ -113,7 +113,7 @@ def test_compare_over_budgets(tmp_path: Path) -> None:
     result = invoke(
         "compare", "bundled", "--recipes", recipes, "--budgets", "1/4, 96", "--tasks", "recall, dfs_public", "--length", "256",
         "--samples", "2", "--task-options", "recall.share=0.2, dfs_public.depth=16", "--profile-for",
-        f"recall={bundled_model() / 'profile.safetensors'}", "--against", "bf16", "--json", str(json_out), "--plot", str(plot),
+        f"recall={bundled_model() / 'profile' / 'profile.safetensors'}", "--against", "bf16", "--json", str(json_out), "--plot", str(plot),
     )  # fmt: skip
     rows = json.loads(json_out.read_text())["rows"]
     assert [r["scorer"] for r in rows] == ["full"] * 3 + ["tri"] * 6 + ["oracle"] * 6

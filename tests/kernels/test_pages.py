@@ -49,6 +49,13 @@ def documented(raw: bytes, bits: int, rows: int, columns: int, row: int, column:
     return code if bits == 2 else code + 4 * (word(rows * columns // 4, 4) >> 4 * n + s % 4 & 1)
 
 
+def test_numbers_of_32_bits_lie_as_they_are() -> None:
+    x = torch.randn(2, PAGE, 64)
+    packed = pack(x.view(torch.int32), 32)
+    assert torch.equal(packed.view(torch.float32), x.flatten(1)) and torch.equal(unpack(packed, 32, PAGE).view(torch.float32), x)
+    assert Format(64, 32, 32).nbytes == 2 * PAGE * 64 * 4 + 4 * PAGE
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(WIDTHS), st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 3), max_size=2), st.integers(0, 10**6))
 def test_packing_loses_nothing_either_way(bits: int, runs: int, rows: int, batch: list[int], seed: int) -> None:

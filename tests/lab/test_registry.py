@@ -35,7 +35,7 @@ def test_the_bundled_model_writes_python() -> None:
 
 def test_a_folder_keeps_the_type_of_its_checkpoint_and_may_have_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(bundled_model(), tmp_path / "mine")
-    (tmp_path / "mine" / "profile.safetensors").unlink()
+    (tmp_path / "mine" / "profile" / "profile.safetensors").unlink()
     assert load(str(tmp_path / "mine"), device="cpu")[0].dtype == torch.float16
     assert load_profile(str(tmp_path / "mine")) is None
     monkeypatch.setenv("HOME", str(tmp_path))

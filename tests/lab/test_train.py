@@ -128,7 +128,7 @@ def test_a_loss_that_is_lost_stops_the_run(tmp_path: Path) -> None:
 def test_the_profile_of_a_lab_model_fits_it(run: Any) -> None:
     out, _, _ = run
     write_profile(out)
-    profile = Profile.load(out / "profile.safetensors")
+    profile = Profile.load(out / "profile" / "profile.safetensors")
     profile.check(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
     assert profile.tokens == 8 * 256 and profile.source.startswith("tuning text ")
     assert profile.key_centre.any() and profile.forecast_fit is None, "a context of 256 tokens is too short to forecast in"
@@ -188,7 +188,7 @@ def test_our_own_decoder(variant: str, tmp_path: Path) -> None:
             write_profile(tmp_path / "model")
     else:
         write_profile(tmp_path / "model")
-        assert Profile.load(tmp_path / "model" / "profile.safetensors").query_norm.shape == (2, 4, 32)
+        assert Profile.load(tmp_path / "model" / "profile" / "profile.safetensors").query_norm.shape == (2, 4, 32)
 
 
 @pytest.mark.parametrize(("attention", "normed"), [("mha", True), ("mha(qk_norm=off)", False), ("mla(latent=24, rope=8)", False)])

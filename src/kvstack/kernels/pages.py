@@ -30,7 +30,7 @@ from torch import Tensor
 from kvstack.errors import RecipeError
 
 PAGE = 128  # tokens
-WIDTHS = (2, 3, 4, 8, 16, 32)
+WIDTHS = (2, 3, 4, 8, 16)  # that kernels know; here there are 32, too
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Format:
     v: int
 
     def __post_init__(self) -> None:
-        if self.head_dim not in (64, 128, 256) or {self.k, self.v} - set(WIDTHS) or (self.head_dim == 64 and self.k == 3):
+        if self.head_dim not in (64, 128, 256) or {self.k, self.v} - {*WIDTHS, 32} or (self.head_dim == 64 and self.k == 3):
             raise RecipeError(
                 f"There is no page format for {self.k}-bit keys and {self.v}-bit values of size {self.head_dim}. "
                 "Pages hold 2, 3, 4, 8, 16 or 32 bits and head sizes of 64, 128 and 256, without 3-bit keys of size 64."

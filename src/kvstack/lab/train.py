@@ -197,7 +197,7 @@ def _save(
 
 
 def write_profile(folder: Path) -> None:
-    """Calibrate the lab model in `folder` and write `profile.safetensors` beside it. Raises UnsupportedModelError for LRKV `exact`
+    """Calibrate the lab model in `folder` and write `profile/profile.safetensors`. Raises UnsupportedModelError for LRKV `exact`
     and MLA.
 
     Statistics are of eight windows of the tuning text. The forecast is trained on that text and on samples of the tasks; a model with a
@@ -211,4 +211,5 @@ def write_profile(folder: Path) -> None:
     profile = calibrate(model, windows, source=f"tuning text {digest(text)}")
     if context >= LENGTH:
         profile = add_forecast(profile, model, calibration_batches(tok, text, samples=128), f"tuning text and {', '.join(TASKS)}")
-    profile.save(folder / "profile.safetensors")
+    (folder / "profile").mkdir(exist_ok=True)  # in a folder of its own: some load whatever tensors lie beside a model's
+    profile.save(folder / "profile" / "profile.safetensors")
