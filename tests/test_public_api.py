@@ -41,6 +41,7 @@ OPTIONS = {
     ],
     "inspect": ["profile", "plot", "layer", "as_json"],
     "qjl": ["model", "length", "text_sequences", "task_samples", "seeds", "out", "no_model", "as_json"],
+    "serve": ["model", "recipe", "profile", "arguments"],
     "doctor": ["as_json"],
     "corpus": ["out", "max_bytes"],
     "pretrain": [

@@ -20,8 +20,8 @@ DECODED = 2**26  # numbers of keys that are decoded at once
 def evict(body: Body, scorer: Scorer, places: int, came: Tensor, newer: Tensor, scale: float, layers: int = 1) -> None:
     """Leave every row of the body the `places` tokens that the scorer wants most, at its front, if it has more.
 
-    came: `[B]`, tokens of each row so far. newer: `[B]`, of which so many came after those of the body. scale: of the logits. layers: the
-    body has the B rows of so many layers, one layer after the other, and to a scorer of statistics their heads are those of one.
+    came: `[B]`, tokens of each row so far. newer: `[B]`, of which so many came after those of the body. scale: of the logits. layers:
+    the body has the B rows of so many layers, one layer after the other, and to a scorer of statistics their heads are those of one.
     """
     pages = body.pages
     slots = pages.table.shape[1] * PAGE

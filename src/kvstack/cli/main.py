@@ -1,7 +1,8 @@
 """The `kvstack` command: which commands there are, and how their errors reach the user.
 
-A command is a function in a module of its own, named in a table here and imported only when it is called, so that `kvstack --help`
-does not wait for torch. Its annotations are typer's; its docstring is its help; the module's `EXAMPLES`, shell lines, end the help.
+A command is a function in a module of its own, named in a table here and imported only when it is called, so that `kvstack --help` does
+not wait for torch. Its annotations are typer's; its docstring is its help; the module's `EXAMPLES`, shell lines, end the help, and a
+module may have a `CONTEXT` of click settings.
 
 A `KVStackError` is printed without a traceback and exits with 2, as bad options do. Any other exception is a bug and keeps its
 traceback. This module knows nothing of what the commands do.
@@ -29,6 +30,7 @@ COMMANDS = {
     "convert": ("kvstack.cli.convert:convert", "Turn a pretrained MHA model into LRKV or GQA, which cache less."),
     "inspect": ("kvstack.cli.inspect:inspect", "Show what a profile says of a model's queries."),
     "qjl": ("kvstack.cli.qjl:qjl", "Show why a sign sketch of the residual does not pay."),
+    "serve": ("kvstack.cli.serve:serve", "Start vLLM's OpenAI-compatible server with a compressed cache."),
     "doctor": ("kvstack.cli.doctor:doctor", "Say what this machine can do, and why."),
 }
 LAB_COMMANDS = {
@@ -78,7 +80,8 @@ class LazyCommand(TyperCommand):
             remedy = "Install everything with `pip install 'kvstack[hf,cli]'`."
             raise KVStackError(f"`kvstack {self.name}` needs the package {e.name}. {remedy}") from e
         only = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        only.command(self.name, epilog=examples(module.EXAMPLES))(getattr(module, function))
+        context = getattr(module, "CONTEXT", None)
+        only.command(self.name, epilog=examples(module.EXAMPLES), context_settings=context)(getattr(module, function))
         command = typer.main.get_command(only)
         assert isinstance(command, TyperCommand)
         return command

@@ -19,8 +19,8 @@ from kvstack.rope import Rope
 def score_linear(pages: Pages, key: Codec, rope: Rope, w: Tensor, c: Tensor) -> Tensor:
     """Scores `[B, H, G, N]` float32 for all N = 128 * pages slots of the table; 0 behind the end of a row.
 
-    key: the codec of K. w: `[B, H, G, D]`, c: `[H, G, D / 2]`, or `[B, H, G, D / 2]` of every row, both float32. Launches depend on shapes alone, so a CUDA graph
-    can hold them if `rope` lies on the device.
+    key: the codec of K. w: `[B, H, G, D]`, c: `[H, G, D / 2]`, or `[B, H, G, D / 2]` of every row, both float32. Launches depend on
+    shapes alone, so a CUDA graph can hold them if `rope` lies on the device.
     """
     if choose(w.device).name == "reference":
         codes, _, scales = read(pages)

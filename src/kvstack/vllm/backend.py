@@ -1,8 +1,8 @@
 """The attention backend: how large a page is, and which page every layer has.
 
-vLLM hands a layer `[blocks, H, 128, bytes]` int8; with heads outside of tokens a block of one head is one page of `kernels.pages`, so the
-record of a token-head is a page's bytes over 128, exactly. A layer's page depends on its precision, and vLLM asks a class and not a layer,
-so each precision has a subclass of its own (`of`), which `assign` gives to the layers once their weights are there.
+vLLM hands a layer `[blocks, H, 128, bytes]` int8; with heads outside of tokens a block of one head is one page of `kernels.pages`, so
+the record of a token-head is a page's bytes over 128, exactly. A layer's page depends on its precision, and vLLM asks a class and not a
+layer, so each precision has a subclass of its own (`of`), which `assign` gives to the layers once their weights are there.
 """
 
 from dataclasses import replace
@@ -74,7 +74,8 @@ class Backend(AttentionBackend):  # type: ignore[misc]
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """See vLLM. A layer with a sliding window gets another backend; whatever else we cannot do is an error, since vLLM would fall back.
+        """See vLLM. A layer with a sliding window gets another backend; whatever else we cannot do is an error, since vLLM would fall
+        back.
 
         Raises UnsupportedModelError.
         """

@@ -1,8 +1,8 @@
 """Which attention backend a layer gets: names that vLLM's registry resolves to classes, anew for every configuration.
 
-vLLM chooses a backend by platform and then looks up its class by a dotted path. `plugin.register` gives it paths into this module for those
-that it chooses for full attention, `kvstack.vllm.choice.FLASH_ATTN` and so on. Asked for such a name, the module answers with our backend
-when the configuration at hand asks for a recipe, and else with the class that vLLM itself has under this name.
+vLLM chooses a backend by platform and then looks up its class by a dotted path. `plugin.register` gives it paths into this module for
+those that it chooses for full attention, `kvstack.vllm.choice.FLASH_ATTN` and so on. Asked for such a name, the module answers with our
+backend when the configuration at hand asks for a recipe, and else with the class that vLLM itself has under this name.
 """
 
 from typing import Any
@@ -20,7 +20,8 @@ NAMES = ("FLASH_ATTN", "FLASHINFER", "CPU_ATTN", "CUSTOM")
 
 
 def wanted(config: Any) -> Settings | None:
-    """The settings that a VllmConfig asks for, or None. Raises KVStackError when they cannot be followed with this vLLM or this model."""
+    """The settings that a VllmConfig asks for, or None. Raises KVStackError when they cannot be followed with this vLLM or this
+    model."""
     if config is None or config.model_config is None:
         return None
     settings = read(config.additional_config, config.model_config.model)

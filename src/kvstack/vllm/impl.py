@@ -1,8 +1,8 @@
 """What a layer does in a forward: its new tokens attend to the pages and to each other, and then go into the pages.
 
-A query sees the tokens of its own step exact and those before as stored, which is what `kvstack.Cache` does with a window of 0: a prompt in
-one chunk, and then token by token, gives the same tokens. Everything is asked of `kernels`; only attention of chunks over themselves is
-FlashAttention's, as vLLM has it, and on a CPU torch's.
+A query sees the tokens of its own step exact and those before as stored, which is what `kvstack.Cache` does with a window of 0: a
+prompt in one chunk, and then token by token, gives the same tokens. Everything is asked of `kernels`; only attention of chunks over
+themselves is FlashAttention's, as vLLM has it, and on a CPU torch's.
 """
 
 from typing import Any
@@ -80,7 +80,8 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of `query [tokens, Hq, D]` into `output`; `key, value [tokens, H, D]` go into `kv_cache [blocks, H, 128, bytes]`."""
+        """Attention of `query [tokens, Hq, D]` into `output`; `key, value [tokens, H, D]` go into `kv_cache [blocks, H, 128,
+        bytes]`."""
         if attn_metadata is None:  # vLLM measures how much memory a forward takes
             return output.zero_()
         if self.body is None:
@@ -137,12 +138,13 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
         span = slice(step.first, step.first + step.tokens)
+        lse: Tensor
         _, lse = flash_attn_varlen_func(
             query[span], key[span], value[span], max_seqlen_q=step.longest, cu_seqlens_q=step.starts, max_seqlen_k=step.longest,
             cu_seqlens_k=step.starts, softmax_scale=self.scale, causal=True, softcap=self.shape.softcap or 0.0, return_softmax_lse=True,
             out=output[span], fa_version=get_flash_attn_version(head_size=self.head_size),
         )  # fmt: skip
-        return lse  # type: ignore[no-any-return]
+        return lse
 
     @staticmethod
     def _by_row(x: Tensor, rows: Rows) -> Tensor:
@@ -159,7 +161,8 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, before: Partial | None, shape: Shap
 
 
 def _merge_on_device(output: Tensor, lse: Tensor, before: Partial) -> None:
-    """Merge what was `before` the chunks of some rows into their `output [tokens, Hq, D]`, with `lse [Hq, tokens]`, by vLLM's kernel."""
+    """Merge what was `before` the chunks of some rows into their `output [tokens, Hq, D]`, with `lse [Hq, tokens]`, by vLLM's
+    kernel."""
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
     out = before.out.transpose(1, 2).flatten(0, 1)

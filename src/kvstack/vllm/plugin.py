@@ -1,7 +1,7 @@
 """What vLLM calls when it loads plugins, once in every process and perhaps again: it registers, and changes nothing yet.
 
-Whether a server uses kvstack is decided later and for each engine, by `choice`, which sees the configuration. A vLLM whose registry looks
-otherwise than we know is refused when a recipe is set in the environment, and else left alone.
+Whether a server uses kvstack is decided later and for each engine, by `choice`, which sees the configuration. A vLLM whose registry
+looks otherwise than we know is refused when a recipe is set in the environment, and else left alone.
 """
 
 import os

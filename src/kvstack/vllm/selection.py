@@ -1,18 +1,18 @@
 """Eviction in vLLM: how many tokens of a request are there, in which of its pages, and how the scheduler gets pages back.
 
-With a budget of K tokens and an interval I, both whole pages, the first K of a request's tokens to be evicted are so when K + I have come,
-and again after every further I. Counted in tokens n that have come,
+With a budget of K tokens and an interval I, both whole pages, the first K of a request's tokens to be evicted are so when K + I have
+come, and again after every further I. Counted in tokens n that have come,
 
     gone(n) = I * max(0, floor((n - K) / I))        held(n) = n - gone(n), at most K + I - 1
 
-so everybody who knows n knows the layout, and nothing needs to be told. An eviction leaves the best K tokens in the first K / 128 pages of
-the request; the pages of the tokens that came after it stay where they are, behind a gap:
+so everybody who knows n knows the layout, and nothing needs to be told. An eviction leaves the best K tokens in the first K / 128 pages
+of the request; the pages of the tokens that came after it stay where they are, behind a gap:
 
     [ K / 128 pages | gone / 128 pages that are free | pages of the newest held - K tokens ]
 
 The scheduler's side is a manager of its own for this kind of cache (`Manager`), which frees the gap when the step that made it has been
-processed; vLLM has that for sliding windows, and its registry of cache specs takes ours. The worker's side is `steps`, which skips the gap,
-and evicts what a step has made due at the beginning of the next, before that writes anything into pages that are free by then.
+processed; vLLM has that for sliding windows, and its registry of cache specs takes ours. The worker's side is `steps`, which skips the
+gap, and evicts what a step has made due at the beginning of the next, before that writes anything into pages that are free by then.
 
 Contents of pages change after they are full, so they cannot be shared: no prefix caching, no transfer of pages, and drafts that may be
 rejected would be counted, so no speculative decoding either (`choice` refuses).
@@ -110,8 +110,8 @@ class SelectionSpec(FullAttentionSpec):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Due:
-    """Rows that have tokens to give away. table: `[B, pages]`. lengths: `[B]` int32, tokens among which to choose, in whole pages. came,
-    newer: `[B]`, all tokens of the rows and those after these."""
+    """Rows that have tokens to give away. table: `[B, pages]`. lengths: `[B]` int32, tokens among which to choose, in whole pages.
+    came, newer: `[B]`, all tokens of the rows and those after these."""
 
     table: Tensor
     lengths: Tensor

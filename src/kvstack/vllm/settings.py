@@ -2,7 +2,7 @@
 
 It is taken from the first of these that there is:
 
-    1. the environment variable KVSTACK_RECIPE: a recipe, or the path of a JSON file such as 3
+    1. the environment variable KVSTACK_RECIPE: a recipe, JSON such as that of 3, or the path of a file with it
     2. `--additional-config '{"kvstack": {...}}'`, the same mapping, or just a recipe
     3. `kvstack.json` in the folder of the model: {"recipe": "polar4", "layers": {"0": "fp8"}, "profile": "profile.safetensors"}
 
@@ -76,7 +76,7 @@ def read(additional: Any, model: str) -> Settings | None:
     """
     if text := os.environ.get(VARIABLE):
         path = Path(text)
-        return _from_file(path) if path.suffix == ".json" else _parse(text, VARIABLE, Path())
+        return _from_file(path) if path.suffix == ".json" else _parse(_json(text) if text.startswith("{") else text, VARIABLE, Path())
     if isinstance(additional, Mapping) and KEY in additional:
         return _parse(additional[KEY], "--additional-config", Path())
     path = Path(model) / FILE
@@ -91,10 +91,17 @@ def layout(precision: Precision, head_dim: int, dtype: torch.dtype) -> Format:
 
 def _from_file(path: Path) -> Settings:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except (OSError, ValueError) as e:
         raise RecipeError(f'{path} cannot be read: {e}. Write {{"recipe": "polar4"}} into it, or remove it.') from e
-    return _parse(data, str(path), path.parent)
+    return _parse(_json(text, str(path)), str(path), path.parent)
+
+
+def _json(text: str, source: str = VARIABLE) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise RecipeError(f'{source} is no JSON: {e}. Write something like {{"recipe": "polar4"}}.') from e
 
 
 def _parse(data: Any, source: str, folder: Path) -> Settings:

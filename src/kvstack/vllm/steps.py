@@ -4,11 +4,11 @@
     past[b]     tokens of row b that lie in its pages already; the new ones come behind them
     table[b]    pages of row b
 
-Rows come with those of few tokens first. Neighbours with as many new tokens are one `Rows`, so that a launch serves them all. Numbers that
-kernels read are written into buffers that stay where they are, because a CUDA graph of a decode step reads them again.
+Rows come with those of few tokens first. Neighbours with as many new tokens are one `Rows`, so that a launch serves them all. Numbers
+that kernels read are written into buffers that stay where they are, because a CUDA graph of a decode step reads them again.
 
-With a selection, `past` and `table` are what evictions have left (`selection.Plan`). What a step makes due is evicted when the next one is
-prepared: nothing has been written since, and no graph has to hold it.
+With a selection, `past` and `table` are what evictions have left (`selection.Plan`). What a step makes due is evicted when the next one
+is prepared: nothing has been written since, and no graph has to hold it.
 """
 
 import itertools
@@ -29,8 +29,8 @@ from kvstack.vllm.selection import Due, Evictor, Plan, SelectionSpec
 class Rows:
     """Neighbouring rows with `tokens` new tokens each; the first of these is token `first` of the step.
 
-    past, counts: `[B]` int32, tokens in pages and new ones, of which padded rows have 0. table: `[B, pages]` int32. cum: the schedule of
-    `past`. has_past: whether some row may have one.
+    past, counts: `[B]` int32, tokens in pages and new ones, of which padded rows have 0. table: `[B, pages]` int32. cum: the schedule
+    of `past`. has_past: whether some row may have one.
     """
 
     first: int
@@ -50,7 +50,8 @@ class Rows:
 @dataclass(frozen=True)
 class Step(AttentionMetadata):  # type: ignore[misc]
     """decodes: rows of the decode step, or None. causal: `[1, T, T]` bool, what their new tokens see of each other. chunks: all others.
-    starts: where each row of the chunks begins, `[rows + 1]` int32 from 0. first: the first token of the chunks. tokens, longest: of them."""
+    starts: where each row of the chunks begins, `[rows + 1]` int32 from 0. first: the first token of the chunks. tokens, longest: of
+    them."""
 
     decodes: Rows | None
     causal: Tensor
@@ -126,7 +127,8 @@ class Builder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         return -(-(self.plan.budget + self.plan.interval + tokens) // PAGE) + 1
 
     def _evicting(self, plan: Plan, table: Tensor, past: Tensor, ends: list[int], lengths: list[int], decoding: int) -> Tensor:
-        """Evict what the last step made due, take from `past` what is gone, note what this step makes due, and return the rows' pages."""
+        """Evict what the last step made due, take from `past` what is gone, note what this step makes due, and return the rows'
+        pages."""
         if self.due is not None:
             self._evictor().evict(self.due, plan.budget)
         gone = plan.gone(past)
