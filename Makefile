@@ -14,13 +14,14 @@ help:  ## show the targets
 
 install: $(STAMP)  ## make .venv with kvstack and its tools
 
-# The stamp is older than pyproject.toml or constraints.txt when these have changed; then pip runs again.
-# torch comes first and alone, so that no other package can pull in another build of it.
-$(STAMP): pyproject.toml constraints.txt
+# The stamp is older than what it depends on when that has changed; then pip runs again.
+# torch comes first and alone, so that no other package can pull in another build of it, and vLLM last, without what it asks for.
+$(STAMP): pyproject.toml constraints.txt tests/vllm/requirements.txt tests/vllm/engine.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "kvstack needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,cli,triton,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,cli,triton,dev]' -r tests/vllm/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/vllm/engine.txt
 	@touch $@
 
 demo: $(STAMP)  ## see in a minute what a compressed cache saves

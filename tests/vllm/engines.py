@@ -1,4 +1,5 @@
-"""Engines of vLLM in this process, for the tests of this folder: one at a time, with small caches, and what transformers says beside it."""
+"""Engines of vLLM in this process, for the tests of this folder: one at a time, with small caches, and what transformers says beside
+it."""
 
 import json
 import os

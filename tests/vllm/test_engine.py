@@ -1,4 +1,5 @@
-"""The plugin in vLLM's CPU engine: the tokens that transformers generates, whatever the scheduler does, and pages that are as small as said."""
+"""The plugin in vLLM's CPU engine: the tokens that transformers generates, whatever the scheduler does, and pages that are as small as
+said."""
 
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def scheduler(llm: Any) -> Any:
 
 
 def test_lossless_pages_give_the_tokens_of_transformers(model: Any, tokenized: list[list[int]]) -> None:
-    """With chunks of 96 tokens, with prefixes of another request, of one of the same step and of one that was aborted, and after requests
-    were preempted and began anew."""
+    """With chunks of 96 tokens, with prefixes of another request, of one of the same step and of one that was aborted, and after
+    requests were preempted and began anew."""
     want = [alone(model, ids, 12) for ids in tokenized]
     with engine("exact", max_num_batched_tokens=96, enable_prefix_caching=True) as llm:
         assert all(issubclass(layer.attn_backend, Backend) for layer in layers(llm))

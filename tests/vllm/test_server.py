@@ -1,5 +1,5 @@
-"""`kvstack serve`: an OpenAI-compatible server that answers, streams and survives its clients; restarted, and on two processes, it says the
-same."""
+"""`kvstack serve`: an OpenAI-compatible server that answers, streams and survives its clients; restarted, and on two processes, it says
+the same."""
 
 import json
 import os
@@ -42,10 +42,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(log: Path, *options: str) -> Iterator[httpx.Client]:
+def server(log: Path, *options: str, **variables: str) -> Iterator[httpx.Client]:
     """A client of a server that is up."""
     port = str(free_port())
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"} | variables
     environment.pop("KVSTACK_RECIPE", None)
     command = [sys.executable, "-m", "kvstack.cli.main", "serve", MODEL, "--recipe", "polar4", "--port", port, *OPTIONS, *options]
     with log.open("w") as file:
@@ -81,8 +81,8 @@ def number(client: httpx.Client, name: str) -> float:
 
 
 def asked_in_turn(client: httpx.Client) -> tuple[list[str], float]:
-    """What it says to the prompts, twice, and how many of their tokens were there already."""
-    texts = [complete(client, p) for p in PROMPTS * 2]
+    """What it says to the prompts, again and again, and how many of their tokens were there already."""
+    texts = [complete(client, p) for p in PROMPTS * 3]
     return texts, number(client, "vllm:prefix_cache_hits_total")
 
 
@@ -119,22 +119,24 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_it_answers_and_says_what_it_serves(first: dict[str, Any]) -> None:
     texts, hits = first["in turn"]
-    assert texts[:3] == texts[3:] and hits > 0
-    assert first["metrics"]["ratio"] == pytest.approx(256 / 132 * 2 / 2 * 2 * 2 / 2, rel=1e-3)
+    # The first time a prompt sees itself exact, and then as it is stored.
+    assert texts[3:6] == texts[6:] and hits > 0
+    assert first["metrics"]["ratio"] == pytest.approx(512 / 132)
     assert first["metrics"]["tokens_per_gib"] == pytest.approx(2**30 / (6 * 2 * 132))
     line = next(line for line in first["log"].splitlines() if "tokens fit" in line)
     assert "polar4" in line and "6 of 6 layers" in line and f"{int(first['metrics']['cache_tokens']):,} tokens fit" in line
 
 
 def test_it_streams_and_survives_clients_that_hang_up_or_talk_nonsense(first: dict[str, Any]) -> None:
-    assert first["streamed"] == ("[DONE]", first["in turn"][0][0])
+    assert first["streamed"] == ("[DONE]", first["in turn"][0][3])
     assert first["malformed"] == [400, 400, 404, 400]
     assert len(first["parallel"]) == 64 and len(set(first["parallel"])) <= 4 + 4  # a chunk that ends elsewhere may say something else
-    assert first["after"] == (first["in turn"][0][0], 200) and first["running"] == 0
+    assert first["after"] == (first["in turn"][0][3], 200) and first["running"] == 0
 
 
 def test_another_start_on_two_processes_says_the_same(first: dict[str, Any], tmp_path: Path) -> None:
-    with server(tmp_path / "log", "--tensor-parallel-size", "2") as client:
+    cores = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))  # vLLM wants to be told where there is one NUMA node
+    with server(tmp_path / "log", "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND=cores) as client:
         assert asked_in_turn(client) == first["in turn"]
 
 

@@ -58,7 +58,7 @@ def test_the_first_of_three_places_counts(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_what_cannot_be_is_refused_with_a_remedy(asked: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVSTACK_RECIPE", asked)
-    with pytest.raises(RecipeError, match="KVSTACK_RECIPE|nowhere") as e:
+    with pytest.raises(RecipeError, match=r"KVSTACK_RECIPE|nowhere") as e:
         read(None, MODEL)
     assert says in str(e.value)
 
@@ -85,7 +85,7 @@ def test_other_versions_models_and_options_are_refused(monkeypatch: pytest.Monke
 
 
 def test_an_engine_does_not_start_with_what_cannot_be() -> None:
-    with pytest.raises(RecipeError, match="no page format|Pages hold"), engine("int4"):
+    with pytest.raises(RecipeError, match=r"no page format|Pages hold"), engine("int4"):
         pass
     with pytest.raises(RecipeError, match=r"no full-attention layers \[6\]"), engine({"recipe": "polar4", "layers": {"6": "fp8"}}):
         pass
