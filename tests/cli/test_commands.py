@@ -113,7 +113,8 @@ def test_compare_over_budgets(tmp_path: Path) -> None:
     result = invoke(
         "compare", "bundled", "--recipes", recipes, "--budgets", "1/4, 96", "--tasks", "recall, dfs_public", "--length", "256",
         "--samples", "2", "--task-options", "recall.share=0.2, dfs_public.depth=16", "--profile-for",
-        f"recall={bundled_model() / 'profile' / 'profile.safetensors'}", "--against", "bf16", "--json", str(json_out), "--plot", str(plot),
+        f"recall={bundled_model() / 'profile' / 'profile.safetensors'}",
+        "--against", "bf16", "--json", str(json_out), "--plot", str(plot),
     )  # fmt: skip
     rows = json.loads(json_out.read_text())["rows"]
     assert [r["scorer"] for r in rows] == ["full"] * 3 + ["tri"] * 6 + ["oracle"] * 6
@@ -174,7 +175,7 @@ def test_demo_is_compare_with_a_view(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_lab_eval_and_train(tmp_path: Path) -> None:
     out = tmp_path / "model"
     invoke("lab", "train", "--small", "--minutes", "0.03", "--out", str(out))
-    assert {"README.md", "curve.png", "profile.safetensors", "training.json", "model.safetensors"} <= {p.name for p in out.iterdir()}
+    assert {"README.md", "curve.png", "profile", "training.json", "model.safetensors"} <= {p.name for p in out.iterdir()}
     assert "Not measured yet" in (out / "README.md").read_text()
     json_out = tmp_path / "eval.json"
     args = ["--lengths", "128", "--samples", "2", "--text-sequences", "2", "--json", str(json_out), "--card"]

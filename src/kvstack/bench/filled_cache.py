@@ -1,9 +1,9 @@
-"""A cache of vLLM that is full from the start: a KV connector under which a prompt needs no prefill, so that a step of many long rows can
-be timed at once.
+"""A cache of vLLM that is full from the start: a KV connector under which a prompt needs no prefill, so that a step of many long rows
+can be timed at once.
 
-It is vLLM's own `DecodeBenchConnector`, which fills a cache of floating-point numbers with random ones, and two things more: pages of ours
-get random codes, and a request with `kv_transfer_params={"compute": true}` is computed like any other. Packed caches of vLLM itself keep
-the zeros that the original gives them.
+It is vLLM's own `DecodeBenchConnector`, which fills a cache of floating-point numbers with random ones, and two things more: pages of
+ours get random codes, and a request with `kv_transfer_params={"compute": true}` is computed like any other. Packed caches of vLLM
+itself keep the zeros that the original gives them. `serve` tells vLLM of it.
 """
 
 from typing import Any
@@ -15,13 +15,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.decode_bench_connector import 
 from kvstack.bench.own import scramble
 from kvstack.vllm.backend import Backend
 from kvstack.vllm.settings import layout
-
-CONFIG = {
-    "kv_connector": "FilledCache",
-    "kv_connector_module_path": __name__,
-    "kv_role": "kv_both",
-    "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0, "startup_fill": True, "any_content": True},
-}
 
 
 class FilledCache(DecodeBenchConnector):  # type: ignore[misc]

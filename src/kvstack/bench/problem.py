@@ -36,10 +36,8 @@ class Problem:
     @staticmethod
     def parse(text: str, heads: int, kv_heads: int, head_dim: int) -> "Problem":
         """The problem of a text such as `32x4096`, rows times tokens. Raises BadInputError."""
-        found = re.fullmatch(r"\s*([1-9]\d*)\s*x\s*([1-9]\d*)\s*", text)
-        if not found:
-            raise BadInputError(f"{text!r} is no shape. Give rows and tokens, such as 32x4096.")
-        return Problem((int(found[2]),) * int(found[1]), heads, kv_heads, head_dim)
+        rows, tokens = pair(text, "rows and tokens, such as 32x4096")
+        return Problem((tokens,) * rows, heads, kv_heads, head_dim)
 
     @property
     def batch(self) -> int:
@@ -59,6 +57,14 @@ class Problem:
     def like(self, lengths: Sequence[int], dtype: torch.dtype | None = None) -> "Problem":
         """The same heads with other rows."""
         return replace(self, lengths=tuple(lengths), dtype=dtype or self.dtype)
+
+
+def pair(text: str, such: str) -> tuple[int, int]:
+    """The numbers of a text such as `32x4096`. such: what they are, and an example. Raises BadInputError."""
+    found = re.fullmatch(r"\s*([1-9]\d*)\s*x\s*([1-9]\d*)\s*", text)
+    if not found:
+        raise BadInputError(f"{text!r} is no shape. Give {such}.")
+    return int(found[1]), int(found[2])
 
 
 def random_query(problem: Problem, device: torch.device) -> Tensor:

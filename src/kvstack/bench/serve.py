@@ -19,15 +19,22 @@ from typing import Any
 import torch
 
 from kvstack.bench.generate import SHAPES
-from kvstack.errors import BadInputError
+from kvstack.bench.serve_engine import LONG
+from kvstack.errors import BadInputError, RecipeError
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
-from kvstack.vllm.settings import VARIABLE
+from kvstack.vllm.settings import VARIABLE, Settings, layout
 
 Row = dict[str, Any]
 PEERS = ("bf16", "fp8", "turboquant_4bit_nc", "int4_per_token_head")  # words of vLLM's --kv-cache-dtype; bf16 is its `auto`
 OWN = ("polar4", "tri(3072)+polar4")
 LIMIT = 40960  # tokens of a request
+CONNECTOR = {  # `filled_cache`, by name: this process does without vLLM
+    "kv_connector": "FilledCache",
+    "kv_connector_module_path": "kvstack.bench.filled_cache",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": 1.0, "startup_fill": True, "any_content": True},
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Points:
 
 @dataclass(frozen=True)
 class Arguments:
-    """memory: of the GPU's, that an engine may take. rows: at most at once. profile: of a selection for a model with weights. log: where
-    the engines' output goes. extra: further arguments of `vllm.LLM`."""
+    """memory: of the GPU's, that an engine may take. rows: at most at once. profile: of a selection for a model with weights. log:
+    where the engines' output goes. extra: further arguments of `vllm.LLM`."""
 
     memory: float = 0.9
     rows: int = 1024
@@ -55,9 +62,9 @@ class Arguments:
 def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, tell: Callable[[str], object] = print) -> list[Row]:
     """Rows of all engines; one that fails has a row with its `reason`. model: a name of `SHAPES`, a folder or a hub name.
 
-    Raises RecipeError for an engine that is none of vLLM's caches and no recipe, BadInputError for a selection without a profile.
+    Raises as `check` does.
     """
-    recipes = {kv: None if kv in PEERS else Recipe.parse(kv) for kv in engines}
+    recipes = check(model, engines, points, how)
     out: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -66,8 +73,6 @@ def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, 
         for kv, recipe in recipes.items():
             tell(kv)
             selection = None if recipe is None else recipe.selection
-            if selection is not None and profile is None:
-                raise BadInputError(f"`{kv}` needs a profile of {model}. Make one with `kvstack calibrate`, and give it as --profile.")
             environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
             if recipe is not None:
                 asked = place / "kvstack.json"
@@ -82,6 +87,50 @@ def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, 
             names = dict(engine="vLLM" if recipe is None else "vLLM + kvstack", kv=kv)
             out += [names | row for row in _engine(kv, task, place, environment, how.log)]
     return out
+
+
+def check(model: str, engines: Sequence[str], points: Points, how: Arguments) -> dict[str, Recipe | None]:
+    """The recipe of every engine, None for vLLM's own caches. What can be known to fail fails here, before minutes of work.
+
+    Raises RecipeError for an engine that is none of vLLM's caches and no recipe that a server can hold, ArtefactError for a profile that
+    cannot be read, BadInputError for a selection without a profile, a model that is not there, and what no engine can measure.
+    """
+    if not engines:
+        raise BadInputError('There is nothing to measure. Give some engines, such as "bf16, polar4".')
+    recipes = {kv: None if kv in PEERS else _recipe(kv) for kv in engines}
+    longest = max([n for n, _ in points.prefill] + [n for _, n in points.steps] + [*points.largest, *points.generation], default=0)
+    if longest > LIMIT - LONG:
+        raise BadInputError(f"{longest} tokens are too many: a request holds {LIMIT}, of which {LONG} are new. Give fewer.")
+    most = max((b for b, _ in points.steps), default=0)
+    if most > how.rows:
+        raise BadInputError(f"A step of {most} rows needs as many at once, and {how.rows} are allowed. Give more, or smaller steps.")
+    if how.profile is not None:
+        Profile.load(how.profile)
+    if model not in SHAPES:
+        _check_config(model)
+        for kv, recipe in recipes.items():
+            if recipe is not None and recipe.selection is not None and how.profile is None:
+                raise BadInputError(f"`{kv}` needs a profile of {model}. Make one with `kvstack calibrate`, and give it as --profile.")
+    return recipes
+
+
+def _recipe(kv: str) -> Recipe:
+    try:
+        settings = Settings(Recipe.parse(kv), profile="one that is looked for later")
+        layout(settings.recipe.precision, 128, torch.bfloat16)
+    except RecipeError as e:
+        raise RecipeError(f"`{kv}` is none of vLLM's caches ({', '.join(PEERS)}), and no recipe of a server: {e}") from e
+    return settings.recipe
+
+
+def _check_config(model: str) -> None:
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(model, local_files_only=Path(model).exists())
+    except (OSError, ValueError) as e:
+        why = str(e).splitlines()[0]
+        raise BadInputError(f"Could not load {model}: {why} Give a folder, a hub name, or one of {', '.join(SHAPES)}.") from e
 
 
 def random_model(shape: str, to: Path) -> Path:
@@ -106,8 +155,6 @@ def random_model(shape: str, to: Path) -> Path:
 
 def _arguments(kv: str, points: Points, random_weights: bool, how: Arguments) -> Row:
     """Arguments of `vllm.LLM` for an engine; they differ in nothing but the cache."""
-    from kvstack.bench import filled_cache
-
     few = range(8, min(how.rows, 128) + 1, 8)
     sizes = sorted({1, 2, 4, *few, *range(192, how.rows + 1, 64), *(b for b, _ in points.steps)})
     return dict(
@@ -119,7 +166,7 @@ def _arguments(kv: str, points: Points, random_weights: bool, how: Arguments) ->
         max_num_seqs=how.rows,
         gpu_memory_utilization=how.memory,
         enable_prefix_caching=False,
-        kv_transfer_config=filled_cache.CONFIG,
+        kv_transfer_config=CONNECTOR,
         compilation_config={"cudagraph_capture_sizes": [s for s in sizes if s <= how.rows]},
         **how.extra,
     )

@@ -74,7 +74,7 @@ def decode(
     """
     problems = [Problem.parse(text, heads, kv_heads, head_dim) for text in shape or decoding.SHAPES]
     contenders = _some([*own.contenders(bits, head_dim), *peers.select(names)])
-    device = _ready(json_out, plot)
+    device = ready(json_out, plot)
     with _progress() as bar:
         rows = decoding.measure(problems, contenders, device, 5 if quick else 25, bar)
     show(rows, f"Decode attention on {torch.cuda.get_device_name()}", json_out, plot)
@@ -101,7 +101,7 @@ def prefill(
     """
     problem = Problem((past,), heads, kv_heads, head_dim, queries=chunk)
     contenders = _some([*prefilling.contenders(bits, head_dim), *peers.select(names, peers.PREFILL)])
-    device = _ready(json_out)
+    device = ready(json_out)
     with _progress() as bar:
         rows = prefilling.measure(problem, contenders, device, 5 if quick else 25, bar)
     show(rows, f"Prefill over a past on {torch.cuda.get_device_name()}", json_out, None, prefilling.LAYOUT)
@@ -128,7 +128,7 @@ def encode(
     """
     problems = [Problem.parse(text, kv_heads, kv_heads, head_dim) for text in shape or encoding.SHAPES]
     contenders = _some(encoding.contenders(bits, head_dim))
-    device = _ready(json_out)
+    device = ready(json_out)
     with _progress() as bar:
         rows = encoding.measure(problems, contenders, device, 5 if quick else 25, bar)
     show(rows, f"Encoding on {torch.cuda.get_device_name()}", json_out, None, encoding.LAYOUT)
@@ -148,7 +148,7 @@ def error(
     It is the kernel's own error, relative to the output. What the codes cost is measured by `kvstack compare`.
     """
     contenders = _some(own.contenders(bits, head_dim))
-    device = _ready(json_out)
+    device = ready(json_out)
     with _progress() as bar:
         rows = erring.measure(tokens or erring.TOKENS, head_dim, contenders, device, bar)
     show(rows, f"Errors on {torch.cuda.get_device_name()}", json_out, None, erring.LAYOUT)
@@ -184,7 +184,7 @@ def lowrank(
     if not kinds or not numbers:
         raise BadInputError('There is nothing to measure. Give some --variants and --ranks, such as "nope" and "60".')
     problem = Problem((tokens,) * batch, heads, heads, head_dim)
-    device = _ready(json_out)
+    device = ready(json_out)
     with _progress() as bar:
         contenders = [*thinning.contenders(kinds, [int(n) for n in numbers]), *thinning.mha()]
         rows = thinning.measure([problem], contenders, device, 25, bar)
@@ -229,7 +229,7 @@ def generate(
         raise BadInputError(f"There is no shape {shape!r}. Give one of {', '.join(generating.SHAPES)}.")
     for text in recipe or ():
         Recipe.parse(text)  # before minutes of work
-    device = _ready(json_out)
+    device = ready(json_out)
     with _progress() as bar:
         rows = generating.measure(generating.random_model(shape, device), recipe or generating.RECIPES, context, steps, batch, bar)
     table = Table(title=f"{shape}, random weights, {context:,} tokens a row, {torch.cuda.get_device_name()}", title_justify="left")
@@ -265,7 +265,7 @@ def long(
     recipes = recipe or lasting.RECIPES
     for text in recipes:
         Recipe.parse(text)  # before minutes of work
-    model = generating.random_model(shape, _ready(json_out))
+    model = generating.random_model(shape, ready(json_out))
     with _progress() as bar:
         run = lasting.endure if every_step else lasting.measure
         rows = run(model, recipes, generated, points, batch, bar)
@@ -295,7 +295,7 @@ def _some(contenders: list[Contender]) -> list[Contender]:
     return contenders
 
 
-def _ready(*paths: Path | None) -> torch.device:
+def ready(*paths: Path | None) -> torch.device:
     """The GPU, once it is clear that the files can be written."""
     for path in paths:
         if path is not None:

@@ -49,6 +49,7 @@ BENCH_COMMANDS = {
     "error": ("kvstack.cli.bench:error", "How exact decode attention is, up to a million tokens."),
     "long": ("kvstack.cli.bench:long", "A long generation with eviction: tokens per second and memory."),
     "generate": ("kvstack.cli.bench:generate", "A model's decode loop: tokens per second of recipes."),
+    "serve": ("kvstack.cli.bench_serve:serve", "Engines of vLLM: tokens that fit and tokens per second, its caches and ours."),
 }
 EXAMPLES = """
 kvstack doctor

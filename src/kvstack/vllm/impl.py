@@ -138,13 +138,12 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
         span = slice(step.first, step.first + step.tokens)
-        lse: Tensor
-        _, lse = flash_attn_varlen_func(
+        sums: tuple[Tensor, Tensor] = flash_attn_varlen_func(
             query[span], key[span], value[span], max_seqlen_q=step.longest, cu_seqlens_q=step.starts, max_seqlen_k=step.longest,
             cu_seqlens_k=step.starts, softmax_scale=self.scale, causal=True, softcap=self.shape.softcap or 0.0, return_softmax_lse=True,
             out=output[span], fa_version=get_flash_attn_version(head_size=self.head_size),
         )  # fmt: skip
-        return lse
+        return sums[1]
 
     @staticmethod
     def _by_row(x: Tensor, rows: Rows) -> Tensor:
