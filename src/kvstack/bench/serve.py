@@ -92,8 +92,8 @@ def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, 
 def check(model: str, engines: Sequence[str], points: Points, how: Arguments) -> dict[str, Recipe | None]:
     """The recipe of every engine, None for vLLM's own caches. What can be known to fail fails here, before minutes of work.
 
-    Raises RecipeError for an engine that is none of vLLM's caches and no recipe that a server can hold, ArtefactError for a profile that
-    cannot be read, BadInputError for a selection without a profile, a model that is not there, and what no engine can measure.
+    Raises RecipeError for an engine that is none of vLLM's caches and no recipe that a server can hold, ArtefactError for a profile
+    that cannot be read, BadInputError for a selection without a profile, a model that is not there, and what no engine can measure.
     """
     if not engines:
         raise BadInputError('There is nothing to measure. Give some engines, such as "bf16, polar4".')

@@ -148,7 +148,8 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
     @staticmethod
     def _by_row(x: Tensor, rows: Rows) -> Tensor:
         """`[B, H, T, D]`, a view, of the tokens of some rows of `x [tokens, H, D]`."""
-        return x[rows.span].unflatten(0, (len(rows.past), rows.tokens)).transpose(1, 2)
+        out: Tensor = x[rows.span].unflatten(0, (len(rows.past), rows.tokens)).transpose(1, 2)
+        return out
 
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, before: Partial | None, shape: Shape) -> Tensor:
