@@ -21,6 +21,20 @@ OPTIONS = {
     "error": ["tokens", "head_dim", "bits", "json_out"],
     "long": ["shape", "recipe", "generated", "points", "batch", "every_step", "json_out"],
     "generate": ["shape", "recipe", "context", "batch", "steps", "json_out"],
+    "serve": [
+        "model",
+        "engines",
+        "prefill",
+        "step",
+        "largest",
+        "generation",
+        "rows",
+        "memory",
+        "profile",
+        "log",
+        "json_out",
+        "plot",
+    ],
 }
 
 

@@ -16,11 +16,11 @@ os.environ |= {
 }  # fmt: skip
 
 from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.attention import selector
 
 from kvstack.lab.registry import bundled_model
-from vllm import LLM, SamplingParams
 
 MODEL = str(bundled_model())
 SPACE = 2**27  # bytes of a cache

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from engines import MODEL, SPACE, alone, copy_of, engine, generated, greedy, transformers_model
+from vllm import SamplingParams
 
 import kvstack
 from kvstack.kernels.pages import PAGE
 from kvstack.lab.registry import load_profile
 from kvstack.vllm.backend import Backend
-from vllm import SamplingParams
 
 SOURCE = Path(kvstack.__file__).with_name("recipe.py").read_text("utf-8")
 PROMPTS = [SOURCE[:900], SOURCE[:900] + "A", "def main(", SOURCE[2000:2600], "import "]

@@ -76,7 +76,7 @@ def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, 
             environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
             if recipe is not None:
                 asked = place / "kvstack.json"
-                asked.write_text(json.dumps({"recipe": kv} | ({} if selection is None else {"profile": str(profile)})))
+                asked.write_text(json.dumps({"recipe": kv} | ({"profile": str(profile)} if _calibrated(recipe) else {})))
                 environment[VARIABLE] = str(asked)
             some = points if selection is None else Points((), (), (), points.generation)
             task = asdict(some) | dict(
@@ -93,7 +93,7 @@ def check(model: str, engines: Sequence[str], points: Points, how: Arguments) ->
     """The recipe of every engine, None for vLLM's own caches. What can be known to fail fails here, before minutes of work.
 
     Raises RecipeError for an engine that is none of vLLM's caches and no recipe that a server can hold, ArtefactError for a profile
-    that cannot be read, BadInputError for a selection without a profile, a model that is not there, and what no engine can measure.
+    that cannot be read, BadInputError for a recipe without its profile, a model that is not there, and what no engine can measure.
     """
     if not engines:
         raise BadInputError('There is nothing to measure. Give some engines, such as "bf16, polar4".')
@@ -109,7 +109,7 @@ def check(model: str, engines: Sequence[str], points: Points, how: Arguments) ->
     if model not in SHAPES:
         _check_config(model)
         for kv, recipe in recipes.items():
-            if recipe is not None and recipe.selection is not None and how.profile is None:
+            if recipe is not None and _calibrated(recipe) and how.profile is None:
                 raise BadInputError(f"`{kv}` needs a profile of {model}. Make one with `kvstack calibrate`, and give it as --profile.")
     return recipes
 
@@ -121,6 +121,11 @@ def _recipe(kv: str) -> Recipe:
     except RecipeError as e:
         raise RecipeError(f"`{kv}` is none of vLLM's caches ({', '.join(PEERS)}), and no recipe of a server: {e}") from e
     return settings.recipe
+
+
+def _calibrated(recipe: Recipe) -> bool:
+    """Whether a recipe needs a profile."""
+    return recipe.selection is not None or bool(getattr(recipe.precision, "centre", False))
 
 
 def _check_config(model: str) -> None:

@@ -1,0 +1,108 @@
+"""`kvstack bench serve`: engines of vLLM side by side, with its own caches and with ours, on this machine's GPU.
+
+Every engine runs in a process of its own, one after another (`bench.serve`). The tables go to the terminal, the rows to a results file
+(`environment.write_results`), the picture to a PNG. What is measured and how is the business of `bench/`.
+"""
+
+from collections.abc import Sequence
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from kvstack.bench import serve as serving
+from kvstack.bench import serve_report as report
+from kvstack.bench.generate import SHAPES
+from kvstack.bench.problem import pair
+from kvstack.cli.bench import JsonOut, ready
+from kvstack.cli.compare import command_line, print_wide, split
+from kvstack.environment import write_results
+from kvstack.errors import KVStackError
+
+EXAMPLES = """
+kvstack bench serve
+kvstack bench serve --engines "bf16, polar4" --step 32x16384 --json out/serving.json --plot out/serving.png
+kvstack bench serve --engines "bf16, fp8, polar4, tri(3072)+polar4" --rows 128 --log out/serving.log
+kvstack bench serve --model Qwen/Qwen3-8B --engines "bf16, tri(3072)+polar4" --profile out/profile/profile.safetensors
+"""
+DEFAULT = serving.Points()
+
+
+def _texts(pairs: Sequence[tuple[int, int]]) -> str:
+    return ", ".join("x".join(map(str, p)) for p in pairs)
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help=f"A shape with random weights ({', '.join(SHAPES)}), a model folder or a hub name.")
+    ] = "qwen3-8b",
+    engines: Annotated[
+        str, typer.Option(help=f"Separated by commas: caches of vLLM ({', '.join(serving.PEERS)}) and recipes.")
+    ] = ", ".join(serving.PEERS + serving.OWN),
+    prefill: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Prompts: tokens x rows; can be given several times. Default: {_texts(DEFAULT.prefill)}."),
+    ] = None,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Decode steps: rows x tokens; can be given several times. Default: {_texts(DEFAULT.steps)}."),
+    ] = None,
+    largest: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Decode steps of as many rows of so many tokens as fit; can be given several times. Default: 32768."),
+    ] = None,
+    generation: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Generations of so many tokens, as many rows as fit; can be given several times. Default: 32768."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows at once, at most.")] = 1024,
+    memory: Annotated[float, typer.Option(min=0.01, max=1, help="Part of the GPU's memory that an engine may take.")] = 0.9,
+    profile: Annotated[
+        Path | None, typer.Option(help="Profile of the model, for `tri(...)` and centre=on; a shape has a random one.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="Add the output of the engines to this file.")] = None,
+    json_out: JsonOut = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot to this PNG.")] = None,
+) -> None:
+    """Measure engines of vLLM: tokens that fit, and tokens per second of prompts, decode steps and long generations.
+
+    All engines get the same arguments and differ in the cache alone. Prompts are computed; steps run over a cache that was filled with
+    random numbers and codes. Recipes that evict are measured in generations only. "x bf16" above 1 is faster, or holds more, than
+    vLLM's own cache in bf16. An engine takes minutes, and one that fails is told below the tables.
+    """
+    points = serving.Points(
+        [pair(text, "tokens and rows, such as 16384x4") for text in prefill] if prefill else DEFAULT.prefill,
+        [pair(text, "rows and tokens, such as 32x16384") for text in step] if step else DEFAULT.steps,
+        largest or DEFAULT.largest,
+        generation or DEFAULT.generation,
+    )
+    how = serving.Arguments(memory, rows, profile, log)
+    chosen = list(serving.check(model, split(engines), points, how))
+    if find_spec("vllm") is None:
+        raise KVStackError("`kvstack bench serve` needs vLLM. Install it with `pip install 'kvstack[vllm]'`.")
+    ready(json_out, plot, log)
+    tell = Console(stderr=True)
+    found = serving.measure(
+        model, chosen, points, how, lambda kv: tell.print(f"measuring {kv}", soft_wrap=True, highlight=False, markup=False)
+    )
+    show(found, f"Serving {model} with vLLM on {torch.cuda.get_device_name()}", json_out, plot)
+
+
+def show(rows: list[report.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
+    """Print the tables and what was not measured, and write the files that were asked for."""
+    console = Console()
+    console.print(title, soft_wrap=True, highlight=False, markup=False)
+    for table in report.tables(rows):
+        print_wide(table)
+    for line in report.left_out(rows):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if json_out:
+        write_results(json_out, command_line(), rows)
+    if plot:
+        report.write_plot(rows, title, plot)
+    for path in filter(None, (json_out, plot)):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
