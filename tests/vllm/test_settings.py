@@ -49,6 +49,7 @@ def test_the_first_of_three_places_counts(tmp_path: Path, monkeypatch: pytest.Mo
         ("tri(3000)+polar4", "multiples of 128, such as 2944"),
         ("tri(256, heads=union)+polar4", "heads=separate"),
         ("tri(256)+polar4", "needs a profile"),
+        ("tri(256)+polar4(centre=on)", "Leave out `centre`"),
         ("forecast(256, heads=separate)+polar4", "needs forecast"),
         ("{", "is no JSON"),
         ('{"recipes": "polar4"}', "no mapping with a `recipe`"),

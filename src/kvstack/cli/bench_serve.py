@@ -5,7 +5,6 @@ Every engine runs in a process of its own, one after another (`bench.serve`). Th
 """
 
 from collections.abc import Sequence
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated

@@ -56,6 +56,8 @@ class Settings:
                 f"`{self.recipe}`: pages hold {PAGE} tokens, and a server frees whole ones. Give a budget and an interval that are "
                 f"multiples of {PAGE}, such as {max(PAGE, selection.budget // PAGE * PAGE)}."
             )
+        if any(getattr(p, "centre", False) for p in (self.recipe.precision, *self.layers.values())):
+            raise RecipeError(f"`{self.recipe}`: evictions judge all layers with one codec, and centres differ. Leave out `centre`.")
         if lacking := [need for need in selection.needs if need != "stats"]:
             raise RecipeError(f"`{self.recipe}` needs {', '.join(lacking)}, which a server has not. Use `tri`.")
         if selection.needs and self.profile is None:
