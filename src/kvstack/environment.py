@@ -18,7 +18,7 @@ import torch
 
 from kvstack import artefact
 
-PACKAGES = ("kvstack", "torch", "transformers", "triton", "numpy")
+PACKAGES = ("kvstack", "torch", "transformers", "triton", "numpy", "vllm")
 
 
 def environment() -> dict[str, Any]:

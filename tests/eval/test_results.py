@@ -23,6 +23,9 @@ RETROFIT = MHA | {
     "test_loss": 1.9, "loss_increase": 0.05, "loss_increase_low": 0.04, "loss_increase_high": 0.06,
 }  # fmt: skip
 SVD = RETROFIT | {"method": "per-head", "reference": True, "cache_bytes_per_token": 16384.0}
+ENGINE = {"engine": "vLLM", "kv": "bf16", "B": None, "N": None}
+STEP = ENGINE | {"kind": "step", "B": 8, "N": 4096, "ms_per_step": 9.5, "tokens_per_s": 842.1, "capacity_tokens": 777296}
+PROMPT = ENGINE | {"kind": "prefill", "B": 8, "N": 4096, "prefill_tokens_per_s": 1234.4}
 AFTER = {
     "test_loss_after": 1.87, "loss_increase_after": 0.02, "loss_increase_after_low": 0.01, "loss_increase_after_high": 0.03,
 }  # fmt: skip
@@ -59,6 +62,11 @@ def test_rows_of_benchmarks_have_a_column_per_problem(tmp_path: Path) -> None:
         ],
         "| lrkv | 24 | 0.500 | 8,192 | 3.00 | 7.00 | 1.9000 | +0.0500 [+0.0400, +0.0600] |  |  |": [MHA, RETROFIT, SVD | AFTER],
         "| per-head* | 24 | 0.500 | 16,384 | 3.00 | 7.00 | 1.9000 | +0.0500 [+0.0400, +0.0600] |": [MHA, RETROFIT, SVD],
+    }
+    tables |= {
+        "| vLLM | `bf16` | step | 8 x 4,096 | 777,296 | 9.50 | 842 |  |": [STEP],
+        "| vLLM | `fp8` | failed |  |  |  |  |  | a / b |": [STEP, ENGINE | {"kv": "fp8", "kind": "failed", "reason": "a | b"}],
+        "| vLLM | `bf16` | 0 | 128 | prefill | 8 x 4,096 |  |  |  | 1,234 |": [PROMPT | {"run": 0, "most_rows": 128}],
     }
     environment = {"gpu": None, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
     for line, rows in tables.items():

@@ -139,7 +139,7 @@ def figure(rows: Sequence[Row], title: str) -> Any:
     from matplotlib.figure import Figure
 
     found = measured(rows)
-    engines = list(dict.fromkeys(_engine(r) for r in found))
+    engines = list(dict.fromkeys(_engine(r) for r in [*found, *rows]))  # also those that failed
     panels = _panels(found)
     columns = max(1, min(4, len(panels)))
     lines = -(-max(1, len(panels)) // columns)
@@ -169,7 +169,7 @@ def _about(at: Point) -> str:
     if kind == "capacity":
         return "tokens that fit"
     if kind == "step":
-        return f"ms a step, {b} rows of {n:,} (less is better)"
+        return f"ms a step, {b} x {n:,} tokens (less is better)"
     return f"tokens/s, as many rows of {n:,} as fit" if kind == "largest" else f"tokens/s, {n:,} generated, as many as fit"
 
 
@@ -191,7 +191,7 @@ def _bars(ax: Any, own: Sequence[Row], engines: Sequence[tuple[str, str]], found
         text = "\n".join(f" {line}" for line in (_span(values, ",.1f" if steps else ",.0f"), ", ".join(notes)) if line)
         ax.text(mean, y, text, va="center", fontsize=7)
     ax.set_yticks(range(len(engines)), [f"{kv}\n{engine}" for engine, kv in reversed(engines)], fontsize=7)
-    ax.set_xlim(0, 1.6 * max(bar.get_width() for bar in ax.patches))
+    ax.set_xlim(0, 1.6 * max(bar.get_width() for bar in ax.patches))  # room for the text
     ax.tick_params(axis="x", labelsize=7)
     ax.locator_params(axis="x", nbins=4)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
