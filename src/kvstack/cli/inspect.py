@@ -41,7 +41,9 @@ def inspect(
 ) -> None:
     """Show how concentrated a model's queries are, layer by layer, and which distances they prefer."""
     path = folder(profile)
-    found = Profile.load(path / "profile.safetensors" if path.is_dir() else path)
+    if path.is_dir():  # of a profile, or of a model that has one
+        path = next((p for p in (path / "profile.safetensors", path / "profile" / "profile.safetensors") if p.is_file()), path)
+    found = Profile.load(path)
     rows = _rows(found)
     if not rows:
         raise BadInputError(f"{profile} has no statistics of queries. Calibrate again with `kvstack calibrate`.")
