@@ -128,6 +128,15 @@ def test_query_heads_and_pairs(rope: Rope, groups: int) -> None:
     check(case(codec(4, 64), 64, groups, (130, 20), rope))
 
 
+def test_rows_with_factors_of_their_own() -> None:
+    c = case(codec(4, 64), 64, 3, (130, 20))
+    own = torch.stack([c.c, draw(9, *c.c.shape).abs()])  # [B, H, G, D / 2]
+    check(replace(c, c=own))
+    found = score_linear(*replace(c, c=own).on(CPU))
+    for b in range(2):
+        assert torch.equal(found[b], score_linear(*replace(c, c=own[b]).on(CPU))[b])
+
+
 def test_more_query_heads_than_a_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     c = case(codec(4, 64), 64, 20, (130, 20))
     wanted = score_linear(*c.on(CPU))

@@ -93,10 +93,12 @@ def test_layers_have_pages_of_their_own_widths(model: Any, tokenized: list[list[
         assert generated(llm, as_prompts(tokenized[:1]), 8) == [alone(model, tokenized[0], 8)]
 
 
-def test_evictions_give_the_tokens_of_the_transformers_cache_and_pages_back(model: Any, tokenized: list[list[int]]) -> None:
+@pytest.mark.parametrize("recipe", ["tri(128)+exact", "knorm(128)+exact"])  # by statistics of layers, and by keys alone
+def test_evictions_give_the_tokens_of_the_transformers_cache_and_pages_back(
+    recipe: str, model: Any, tokenized: list[list[int]]
+) -> None:
     """128 tokens stay when 256 have come, also in a prompt."""
     profile = Path(MODEL) / "profile" / "profile.safetensors"
-    recipe = "tri(128)+exact"
     prompts = [tokenized[3][:130], (tokenized[0] + tokenized[3])[:256]]
     want = [alone(model, ids, 140, kvstack.Cache(model, recipe, profile=load_profile("bundled"))) for ids in prompts]
     with engine({"recipe": recipe, "profile": str(profile)}, enable_prefix_caching=False) as llm:

@@ -37,24 +37,24 @@ class Load:
 
 
 @dataclass
-class _Asked:
+class Asked:
+    """A request. abort_at: after how many new tokens it is aborted, None for never. said: its tokens, once it is finished."""
+
     prompt: list[int]
     tokens: int
     abort_at: int | None
     said: list[int] | None = None
 
 
-def churn(
-    llm: Any, load: Load, seconds: float, seed: int, told: Callable[[float], object] = lambda _: None
-) -> tuple[Row, list[_Asked]]:
+def churn(llm: Any, load: Load, seconds: float, seed: int, told: Callable[[float], object] = lambda _: None) -> tuple[Row, list[Asked]]:
     """Keep an engine busy for `seconds`, and let it finish. Returns what happened, and the requests that were finished."""
     rng, engine = random.Random(seed), llm.llm_engine
     pool = _scheduler(llm).kv_cache_manager.block_pool
     free, held = pool.get_num_free_blocks(), _allocated()
     starts = [rng.randrange(len(load.ids) - load.longest) for _ in range(load.shared)]
-    asked: dict[str, _Asked] = {}
+    asked: dict[str, Asked] = {}
     running: dict[str, int] = {}
-    done: list[_Asked] = []
+    done: list[Asked] = []
     row: Row = dict(requests=0, finished=0, aborted=0, preempted=0, new_tokens=0, cached_tokens=0)
     began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds or running:
@@ -91,7 +91,7 @@ def churn(
     return row, done
 
 
-def compare(llm: Any, done: list[_Asked], most: int, seed: int) -> Row:
+def compare(llm: Any, done: list[Asked], most: int, seed: int) -> Row:
     """Ask an engine that has done nothing else for some of the finished requests. worst_gap: nats between its own token and what was
     said, at the first difference, the largest of all."""
     some = random.Random(seed).sample(done, min(most, len(done)))
@@ -108,12 +108,12 @@ def compare(llm: Any, done: list[_Asked], most: int, seed: int) -> Row:
     return dict(checked=len(some), differing=len(gaps), worst_gap=max(gaps, default=0.0))
 
 
-def _request(rng: random.Random, load: Load, starts: list[int]) -> _Asked:
+def _request(rng: random.Random, load: Load, starts: list[int]) -> Asked:
     tokens = rng.randint(1, load.new_tokens)
     length = rng.randint(1, load.longest - tokens)
     start = rng.choice(starts) if rng.random() < 0.7 else rng.randrange(len(load.ids) - load.longest)
     abort_at = rng.randint(0, tokens - 1) if rng.random() < load.aborted else None
-    return _Asked(load.ids[start : start + length], tokens, abort_at)
+    return Asked(load.ids[start : start + length], tokens, abort_at)
 
 
 def _params(tokens: int, logprobs: int | None = None) -> Any:

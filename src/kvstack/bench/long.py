@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvstack.bench.generate import PROMPT, Row, at_most, filled, fitting
 from kvstack.fingerprint import fingerprint
@@ -33,14 +34,16 @@ BLOCK = 128  # steps of a block of a recipe that does not evict
 
 def random_profile(model: Any) -> Profile:
     """Random statistics of queries, in the shape of those of `model`."""
-    config = model.config.get_text_config()
+    return random_statistics(model.config.get_text_config(), rope_of(model).frequency.float().cpu(), fingerprint(model))
+
+
+def random_statistics(config: Any, frequency: Tensor, owner: str) -> Profile:
+    """Random statistics of queries for models with a transformers `config`. frequency: of its RoPE, `[F]`. owner: a fingerprint."""
     layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_dim
     g = torch.Generator().manual_seed(0)
     real, imaginary = torch.randn(2, layers, heads, size // 2, generator=g)
     zero = torch.zeros(layers, config.num_key_value_heads, size)
-    norm = 1.5 * torch.hypot(real, imaginary)
-    frequency = rope_of(model).frequency.float().cpu()
-    return Profile(zero, zero.clone(), real, imaginary, norm, frequency, fingerprint(model), "random numbers", 0)
+    return Profile(zero, zero.clone(), real, imaginary, 1.5 * torch.hypot(real, imaginary), frequency, owner, "random numbers", 0)
 
 
 def measure(

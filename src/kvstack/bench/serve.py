@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from kvstack.bench.generate import SHAPES
+from kvstack.bench.long import random_statistics
 from kvstack.bench.serve_engine import LONG
 from kvstack.errors import BadInputError, RecipeError
 from kvstack.profile import Profile
 from kvstack.recipe import Recipe
+from kvstack.rope import Rope
 from kvstack.vllm.settings import VARIABLE, Settings, layout
 
 Row = dict[str, Any]
@@ -146,15 +148,8 @@ def random_model(shape: str, to: Path) -> Path:
     made = getattr(transformers, f"{name}Config")(**config | {"max_position_embeddings": LIMIT}, architectures=[f"{name}ForCausalLM"])
     made.dtype = torch.bfloat16
     made.save_pretrained(to)
-    layers, heads, kv_heads, size = made.num_hidden_layers, made.num_attention_heads, made.num_key_value_heads, made.head_dim
-    g = torch.Generator().manual_seed(0)
-    real, imaginary = torch.randn(2, layers, heads, size // 2, generator=g)
-    zero = torch.zeros(layers, kv_heads, size)
-    frequency = 10_000.0 ** (-2 * torch.arange(size // 2) / size)
     (to / "profile").mkdir()
-    Profile(zero, zero.clone(), real, imaginary, 1.5 * torch.hypot(real, imaginary), frequency, "none", "random numbers", 0).save(
-        to / "profile" / "profile.safetensors"
-    )
+    random_statistics(made, Rope.half(made.head_dim).frequency.float(), "none").save(to / "profile" / "profile.safetensors")
     return to
 
 
@@ -188,6 +183,7 @@ def _engine(kv: str, task: Row, place: Path, environment: dict[str, str], log: P
             file.write(f"=== {kv}\n{done.stdout}\n")
     rows = list(json.loads(to.read_text())) if to.exists() else []
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if "Error" in line] or ["no output"]
-        rows.append(dict(kind="failed", B=None, N=None, reason=lines[-1][-300:]))
+        said = [line for line in done.stdout.splitlines() if line.strip()]
+        why = [line for line in said if "Error" in line] or said or [f"exit code {done.returncode} and no output"]
+        rows.append(dict(kind="failed", B=None, N=None, reason=why[-1][-300:]))
     return rows

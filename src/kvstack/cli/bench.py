@@ -314,15 +314,22 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 def show(rows: list[Row], title: str, json_out: Path | None, plot: Path | None, layout: report.Layout = report.DECODE) -> None:
     """Print the tables and who did not run, and write the files that were asked for."""
+    Console().print(title, highlight=False)
+    present(rows, report.tables(rows, layout), report.left_out(rows), json_out, plot, lambda to: report.write_plot(rows, title, to))
+
+
+def present(
+    rows: list[Row], tables: list[Table], left_out: list[str], json_out: Path | None, plot: Path | None, draw: Callable[[Path], None]
+) -> None:
+    """Print tables and lines of what is not in them, and write the files that were asked for."""
     console = Console()
-    console.print(title, highlight=False)
-    for table in report.tables(rows, layout):
+    for table in tables:
         print_wide(table)
-    for line in report.left_out(rows):
+    for line in left_out:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_out:
         write_results(json_out, command_line(), rows)
     if plot:
-        report.write_plot(rows, title, plot)
+        draw(plot)
     for path in filter(None, (json_out, plot)):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

@@ -17,9 +17,8 @@ from kvstack.bench import serve as serving
 from kvstack.bench import serve_report as report
 from kvstack.bench.generate import SHAPES
 from kvstack.bench.problem import pair
-from kvstack.cli.bench import JsonOut, ready
-from kvstack.cli.compare import command_line, print_wide, split
-from kvstack.environment import write_results
+from kvstack.cli.bench import JsonOut, present, ready
+from kvstack.cli.compare import split
 from kvstack.errors import KVStackError
 
 EXAMPLES = """
@@ -93,15 +92,5 @@ def serve(
 
 def show(rows: list[report.Row], title: str, json_out: Path | None, plot: Path | None) -> None:
     """Print the tables and what was not measured, and write the files that were asked for."""
-    console = Console()
-    console.print(title, soft_wrap=True, highlight=False, markup=False)
-    for table in report.tables(rows):
-        print_wide(table)
-    for line in report.left_out(rows):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    if json_out:
-        write_results(json_out, command_line(), rows)
-    if plot:
-        report.write_plot(rows, title, plot)
-    for path in filter(None, (json_out, plot)):
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    Console().print(title, soft_wrap=True, highlight=False, markup=False)
+    present(rows, report.tables(rows), report.left_out(rows), json_out, plot, lambda to: report.write_plot(rows, title, to))

@@ -44,8 +44,7 @@ def serve(
     if profile is not None and not profile.is_file():
         raise ArtefactError(f"{profile} does not exist. Make a profile with `kvstack calibrate {model} -o DIR`.")
     asked = {"recipe": recipe} | ({} if profile is None else {"profile": str(profile.resolve())})
-    environment = os.environ | {VARIABLE: json.dumps(asked)}
-    os.environ[VARIABLE] = environment[VARIABLE]
+    os.environ[VARIABLE] = json.dumps(asked)
     settings = read(None, model)
     assert settings is not None
     given = list(arguments or ())
@@ -54,7 +53,7 @@ def serve(
         console.print("Pages whose tokens are evicted cannot be shared: without prefix caching.", soft_wrap=True)
         given.append("--no-enable-prefix-caching")
     console.print(f"Serving {model} with {settings.recipe}: GET /health when it is up, GET /metrics for what it holds.", soft_wrap=True)
-    os.execve(sys.executable, [sys.executable, "-m", *_server(model), *given], environment)
+    os.execv(sys.executable, [sys.executable, "-m", *_server(model), *given])
 
 
 def _server(model: str) -> list[str]:

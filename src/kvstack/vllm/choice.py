@@ -17,6 +17,7 @@ from kvstack.vllm.settings import Settings, read
 
 VERSIONS = ("0.32.",)  # whose internals this was written for and tested with
 NAMES = ("FLASH_ATTN", "FLASHINFER", "CPU_ATTN", "CUSTOM")
+OTHERS = ("TRITON_ATTN", "FLEX_ATTENTION")  # left to layers with sliding windows, and to nobody's choice
 
 
 def wanted(config: Any) -> Settings | None:
@@ -59,10 +60,20 @@ def _check(config: Any, settings: Settings) -> None:
             raise UnsupportedModelError(f"kvstack cannot serve this: {model.model} has {reason}. Remove it, or take away the recipe.")
 
 
+def _chosen(attention: Any, name: str) -> bool:
+    """Whether a backend is asked for by name for layers that would be ours."""
+    asked = attention.backend_per_kind.get("full_attention", attention.backend)
+    return asked is not None and asked.name == name
+
+
 def __getattr__(name: str) -> Any:
-    if name not in NAMES:
+    if name not in NAMES + OTHERS:
         raise AttributeError(name)
-    if wanted(get_current_vllm_config_or_none()) is None:
+    config = get_current_vllm_config_or_none()
+    settings = wanted(config)
+    if settings is not None and name in OTHERS and _chosen(config.attention_config, name):
+        raise UnsupportedModelError(f"--attention-backend {name} leaves kvstack out. Remove it, or the recipe ({settings.source}).")
+    if settings is None or name in OTHERS:
         path = AttentionBackendEnum[name].value
         if path is None:
             raise KVStackError(

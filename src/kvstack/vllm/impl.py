@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
@@ -24,8 +23,8 @@ from kvstack.kernels.decode import Body, Exact, decode
 from kvstack.kernels.pages import Pages
 from kvstack.kernels.past import attend_past
 from kvstack.kernels.reference import Partial, Shape, Side, attend, merge
-from kvstack.profile import Profile
 from kvstack.vllm.backend import assign, tell
+from kvstack.vllm.profiles import own_heads, profile_of
 from kvstack.vllm.steps import Rows, Step
 
 
@@ -54,7 +53,7 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
             **extra,
         }
         for what, value in found.items():
-            if value:
+            if isinstance(value, Tensor) or value:
                 raise UnsupportedModelError(f"kvstack cannot serve this model's layers with {what}. Take away the recipe.")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
@@ -113,14 +112,11 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
 
     def _body(self, layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> Body:
         """The codecs of a layer, and what kernels need of them."""
-        index, rank = extract_layer_index(layer.layer_name), get_tensor_model_parallel_rank()
-        settings, profile = self.settings, None
-        own = slice(rank * self.num_kv_heads, (rank + 1) * self.num_kv_heads)
-        if settings.profile is not None:
-            profile = Profile.load(settings.profile)
-        precision, codecs = settings.precision(index), []
+        index = extract_layer_index(layer.layer_name)
+        profile = profile_of(self.settings, self.config.model_config)
+        precision, codecs = self.settings.precision(index), []
         for side in ("key", "value"):
-            centre = None if profile is None else getattr(profile, f"{side}_centre")[index, own]
+            centre = None if profile is None else own_heads(getattr(profile, f"{side}_centre")[index], self.num_kv_heads)
             codecs.append(precision.build(side, Context(self.head_size, self.num_kv_heads, dtype, kv_cache.device, centre)))
         nothing = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
         f = page_format(self.head_size, *codecs)

@@ -1,9 +1,10 @@
 """What vLLM calls when it loads plugins, once in every process and perhaps again: it registers, and changes nothing yet.
 
 Whether a server uses kvstack is decided later and for each engine, by `choice`, which sees the configuration. A vLLM whose registry
-looks otherwise than we know is refused when a recipe is set in the environment, and else left alone.
+looks otherwise than we know is refused when a recipe is set in the environment, and else a warning.
 """
 
+import logging
 import os
 
 from kvstack.errors import KVStackError
@@ -17,10 +18,10 @@ def register() -> None:
 
         from kvstack.vllm import choice
 
-        for name in choice.NAMES:
+        for name in choice.NAMES + choice.OTHERS:
             register_backend(AttentionBackendEnum[name], f"{choice.__name__}.{name}")
     except (ImportError, AttributeError, KeyError) as e:
+        why = f"This vLLM has no registry that kvstack knows ({type(e).__name__}: {e}). Install vLLM 0.32."
         if os.environ.get(VARIABLE):
-            raise KVStackError(
-                f"{VARIABLE} is set, and this vLLM has no registry that kvstack knows ({type(e).__name__}: {e}). Install vLLM 0.32."
-            ) from e
+            raise KVStackError(f"{VARIABLE} is set. {why}") from e
+        logging.getLogger("vllm.kvstack").warning("%s Whatever recipe is given elsewhere is not followed.", why)

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
@@ -37,6 +36,7 @@ from kvstack.kernels.pages import PAGE, Pages
 from kvstack.profile import Profile
 from kvstack.rope import Rope, rope_of
 from kvstack.scorers.base import Layer, QueryStats, Scorer, Selection
+from kvstack.vllm.profiles import own_heads, profile_of
 from kvstack.vllm.settings import Settings
 
 SCORES = 2**26  # that are worked out at once
@@ -68,7 +68,6 @@ class Manager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(kv_cache_spec, **kwargs)
         self.plan = Plan(kv_cache_spec.budget, kv_cache_spec.interval)
         self.max_admission_blocks_per_request = kv_cache_spec.most_pages
-        self.evicted = 0  # pages that were freed by evictions
 
     def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None) -> None:
         """See vLLM: free the pages that no token is in any more."""
@@ -143,17 +142,15 @@ class Evictor:
         self.pool = pool.as_strided((self.count * self.blocks, *pool.shape[1:]), pool.stride(), pool.storage_offset())
         self.body, self.scale = first.impl.body, first.impl.scale
         assert settings.recipe.selection is not None
-        self.scorer = self._scorer(settings.recipe.selection, settings.profile, config, first.impl)
+        self.scorer = self._scorer(settings.recipe.selection, profile_of(settings, config.model_config), config, first.impl)
 
-    def _scorer(self, selection: Selection, profile: str | None, config: Any, impl: Any) -> Scorer:
+    def _scorer(self, selection: Selection, profile: Profile | None, config: Any, impl: Any) -> Scorer:
         """The scorer of all heads of all layers. Raises RecipeError for one that looks at what a server does not keep."""
         heads, query_heads = self.count * impl.num_kv_heads, impl.num_heads
         device, stats = self.pool.device, None
         if profile is not None:
-            rank = get_tensor_model_parallel_rank()
-            own, held = slice(rank * query_heads, (rank + 1) * query_heads), Profile.load(profile)
-            all_stats = [held.layer(extract_layer_index(layer.layer_name), device) for layer in self.layers]
-            stats = QueryStats(*(torch.cat([getattr(s, name)[own] for s in all_stats]) for name in ("mean", "norm")))
+            held = [profile.layer(extract_layer_index(layer.layer_name), device) for layer in self.layers]
+            stats = QueryStats(*(torch.cat([own_heads(getattr(s, name), query_heads) for s in held]) for name in ("mean", "norm")))
         turns = rope(config.model_config.hf_config, impl.head_size)
         turns = Rope(*(x.to(device) for x in (turns.pairs, turns.frequency, turns.scale)))
         made = selection.build(Layer(impl.head_size, heads, query_heads // impl.num_kv_heads, turns, device, stats=stats))

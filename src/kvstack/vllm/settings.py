@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def read(additional: Any, model: str) -> Settings | None:
     return _from_file(path) if path.is_file() else None
 
 
+@cache
 def layout(precision: Precision, head_dim: int, dtype: torch.dtype) -> Format:
     """The page of a precision. Raises RecipeError when it has none."""
     ctx = Context(head_dim, 1, dtype, torch.device("cpu"), torch.zeros(1, head_dim))
