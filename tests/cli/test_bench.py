@@ -1,8 +1,6 @@
 """`kvstack bench`: its options, and what it says without a GPU or with bad ones."""
 
 import inspect
-import json
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvstack.cli import bench, bench_serve
+from kvstack.cli import bench
 from kvstack.cli.main import BENCH_COMMANDS, app
-from kvstack.lab.registry import bundled_model
 
 runner = CliRunner()
 OPTIONS = {
@@ -26,6 +23,10 @@ OPTIONS = {
     "generate": ["shape", "recipe", "context", "batch", "steps", "json_out"],
     "serve": [
         "model", "engines", "prefill", "step", "largest", "generation", "rows", "memory", "profile", "log", "json_out", "plot",
+    ],
+    "churn": [
+        "model", "engines", "minutes", "rows", "longest", "new_tokens", "checked", "blocks", "text", "seed", "dtype", "memory",
+        "profile", "log", "json_out",
     ],
 }  # fmt: skip
 
@@ -151,52 +152,6 @@ def test_lowrank_help_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "a title, 2 x 4,096 tokens, 32 heads of 128" in out and "FA (mha) did not run: it is not installed" in out
     assert out.index("250.0") < out.index("500.0") and "2.00" in out and (tmp_path / "r.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--model", "./qwen3"], "Could not load ./qwen3"),
-        (["--engines", ""], "There is nothing to measure"),
-        (["--engines", "bf16, fp9"], "`fp9` is none of vLLM's caches (bf16, fp8, turboquant_4bit_nc, int4_per_token_head)"),
-        (["--engines", "polar4(window=128, sinks=4), bf16"], "`polar4(window=128, sinks=4)` keeps a window or sinks exact"),
-        (["--engines", "int4"], "Pages hold `polar` with 2, 3 or 4 bits"),
-        (["--engines", "tri(3000)+polar4"], "multiples of 128"),
-        (["--model", str(bundled_model()), "--engines", "bf16, tri(3072)+polar4"], "`tri(3072)+polar4` needs a profile of"),
-        (["--model", str(bundled_model()), "--engines", "polar4(centre=on)"], "`polar4(centre=on)` needs a profile of"),
-        (["--profile", "none.safetensors"], "none.safetensors does not exist"),
-        (["--prefill", "16384"], "'16384' is no shape. Give tokens and rows, such as 16384x4"),
-        (["--step", "8x"], "'8x' is no shape. Give rows and tokens, such as 32x16384"),
-        (["--step", "8x40960"], "40960 tokens are too many: a request holds 40960, of which 72 are new"),
-        (["--generation", "65536"], "65536 tokens are too many"),
-        (["--rows", "64"], "A step of 128 rows needs as many at once, and 64 are allowed"),
-        (["--largest", "0"], "Invalid value for '--largest'"),
-        (["--memory", "1.5"], "Invalid value for '--memory'"),
-    ],
-)
-def test_bad_options_of_serve(args: list[str], message: str) -> None:
-    assert message in " ".join(invoke("serve", *args, code=2).stderr.split())
-
-
-def test_serve_says_what_is_measured_by_default() -> None:
-    text = " ".join(invoke("serve", "--help").output.split())
-    assert all(word in text for word in ("16384x4, 32768x2", "1x32768, 8x32768", "tri(3072)+polar4", "int4_per_token_head", "--plot"))
-
-
-def test_serve_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # so Python finds none
-    path = tmp_path / "r.json"
-    assert "needs vLLM. Install it with" in invoke("serve", "--json", str(path), code=2).stderr and not path.exists()
-
-
-def test_serve_shows_and_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = json.loads((Path(__file__).parents[2] / "results" / "serving_h200.json").read_text("utf-8"))["rows"]
-    rows.append({"engine": "vLLM", "kv": "fp8", "kind": "failed", "B": None, "N": None, "reason": "ValueError: no such [cache]"})
-    bench_serve.show(rows, "a title", tmp_path / "r.json", tmp_path / "p.png")
-    text = capsys.readouterr().out
-    assert "a title" in text and "3,064,704" in text and "vLLM, fp8: not measured: ValueError: no such [cache]" in text
-    assert json.loads((tmp_path / "r.json").read_text("utf-8"))["rows"] == rows
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here there is one")

@@ -79,8 +79,7 @@ def test_the_twin_is_what_allocators_say(standardise: bool) -> None:
         assert torch.equal(found[b, :, :count], wanted[b, :, :count])
 
 
-@pytest.mark.parametrize("n", [1, 7, 128, 1024, 1025, 2100])
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("groups", "n"), [(1, 1), (1, 7), (3, 7), (1, 128), (1, 1024), (1, 1025), (3, 1025), (3, 2100)])
 def test_the_kernel_with_scores_that_are_equal_and_infinite(n: int, groups: int) -> None:
     raw = SPECIAL[torch.randint(len(SPECIAL), (5, 2, groups, n), generator=generator(n))]
     raw[0] = 0.25

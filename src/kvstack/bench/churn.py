@@ -1,131 +1,149 @@
-"""An engine of vLLM under churn: requests of any length come at any time, share prefixes, are aborted, and are more than there is room
-for.
+"""Churn: requests of any length come at any time, share prefixes, are aborted, and are more than there is room for.
 
-Afterwards nothing may be left behind, and no token may be wrong. Blocks and memory are counted; and of the requests that were finished
-some are asked again, one at a time, of an engine that has done nothing else. Where both say other tokens for the first time, the second
-engine must have found the first one's token about as likely as its own: batches, chunks and prefixes round differently, but a page that
-is not where it should be does not say something nearly as good.
+Afterwards nothing may be left behind, and no token may be wrong. What the engine did and what is left, its own process says
+(`churn_engine`). Some of the finished requests are asked again, one at a time, of an engine that has done nothing else:
 
-    {seconds, requests, finished, aborted, preempted, new_tokens, cached_tokens, checked, differing, worst_gap, leaked_blocks,
-    grown_bytes}
+    {engine, kv, model, rows, longest, blocks, seed, seconds, requests, finished, aborted, preempted, new_tokens, cached_tokens,
+    leaked_blocks, gpu_bytes, host_bytes, checked, tokens, differing, gaps, others}
 
-Everything runs in this process, because requests must be aborted between two steps (VLLM_ENABLE_V1_MULTIPROCESSING=0).
+Where both say other tokens, the second engine must have found the first one's about as likely as its own. `gaps` are these differences
+of log-probabilities: batches, chunks and prefixes round differently, and a prompt whose prefix is cached reads codes where the second
+engine read it exact; but a page that is not where it should be does not say something nearly as good. How that would look, `others`
+tells: the same for tokens that other requests said at the same places.
 """
 
 import random
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
+from kvstack.bench.churn_engine import PART, Load
+from kvstack.bench.engine_process import LIMIT, Served, cache_arguments, check_model, names, recipe_of, run
+from kvstack.errors import BadInputError
+from kvstack.kernels.pages import PAGE
+from kvstack.recipe import Recipe
 
 Row = dict[str, Any]
+MODULE = "kvstack.bench.churn_engine"
 
 
 @dataclass(frozen=True)
-class Load:
-    """ids: tokens of a text that prompts are parts of. shared: prefixes of many. longest: tokens of a request. at_once: requests that
-    are wanted in the engine. aborted: the part of them that does not end."""
+class Wanted:
+    """seconds: of churn; it ends earlier when there were so many `requests`. rows: requests at once, at most. longest: tokens of a
+    request, prompt and answer. new_tokens: of an answer, at most. checked: requests that are asked again. blocks: pages, or as many as
+    half of the rows take on average. dtype, memory: of the engine; memory is the part of a GPU's. profile: for `tri(...)`. log: where
+    the output of the engines goes. extra: further arguments of `vllm.LLM`."""
 
-    ids: list[int]
-    shared: int = 4
-    longest: int = 900
-    at_once: int = 12
-    aborted: float = 0.15
-    new_tokens: int = 120
+    seconds: float
+    rows: int = 64
+    longest: int = 2048
+    new_tokens: int = 256
+    checked: int = 100
+    seed: int = 0
+    blocks: int | None = None
+    dtype: str = "bfloat16"
+    memory: float = 0.9
+    requests: int | None = None
+    profile: Path | None = None
+    log: Path | None = None
+    extra: Row = field(default_factory=dict)
 
 
-@dataclass
-class Asked:
-    """A request. abort_at: after how many new tokens it is aborted, None for never. said: its tokens, once it is finished."""
+def measure(
+    model: str, engines: Sequence[str], text: str, how: Wanted, tell: Callable[[str, float], object] = lambda _, __: None
+) -> list[Row]:
+    """A row for every engine; one that fails has a `reason`. model: a name of `SHAPES`, a folder or a hub name. text: prompts
+    are parts of it; random weights get random tokens. tell: called with what is done and which part of it is.
 
-    prompt: list[int]
-    tokens: int
-    abort_at: int | None
-    said: list[int] | None = None
+    Raises as `check` does, and BadInputError for a text that is too short.
+    """
+    recipes = check(model, engines, how)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        served = Served.of(model, how.profile, place)
+        load = Load(_ids(served, text, how), how.longest, how.new_tokens, how.rows, how.checked)
+        return [
+            names(kv, recipe) | dict(model=model) | _row(served, kv, recipe, load, how, place, tell) for kv, recipe in recipes.items()
+        ]
 
 
-def churn(llm: Any, load: Load, seconds: float, seed: int, told: Callable[[float], object] = lambda _: None) -> tuple[Row, list[Asked]]:
-    """Keep an engine busy for `seconds`, and let it finish. Returns what happened, and the requests that were finished."""
-    rng, engine = random.Random(seed), llm.llm_engine
-    pool = _scheduler(llm).kv_cache_manager.block_pool
-    free, held = pool.get_num_free_blocks(), _allocated()
-    starts = [rng.randrange(len(load.ids) - load.longest) for _ in range(load.shared)]
-    asked: dict[str, Asked] = {}
-    running: dict[str, int] = {}
-    done: list[Asked] = []
-    row: Row = dict(requests=0, finished=0, aborted=0, preempted=0, new_tokens=0, cached_tokens=0)
-    began = time.monotonic()
-    while (passed := time.monotonic() - began) < seconds or running:
-        told(min(passed, seconds))
-        while passed < seconds and len(running) < load.at_once and (not running or rng.random() < 0.5):
-            name = str(row["requests"])
-            asked[name] = _request(rng, load, starts)
-            running[name] = 0
-            engine.add_request(name, {"prompt_token_ids": asked[name].prompt}, _params(asked[name].tokens))
-            row["requests"] += 1
-        for out in engine.step():
-            running[out.request_id] = len(out.outputs[0].token_ids)
-            if out.finished:
-                one = asked.pop(out.request_id)
-                one.said = list(out.outputs[0].token_ids)
-                done.append(one)
-                row["finished"] += 1
-                row["new_tokens"] += running.pop(out.request_id)
-                row["cached_tokens"] += out.num_cached_tokens or 0
-        over = [name for name, n in running.items() if (at := asked[name].abort_at) is not None and n >= at]
-        if over:
-            engine.abort_request(over)
-            row["aborted"] += len(over)
-        for name in over:
-            row["new_tokens"] += running.pop(name)
-            del asked[name]
-    for _ in range(3):  # what is left of aborted requests
-        engine.step()
-    preempted = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
-    row |= dict(
-        preempted=int(sum(preempted)), seconds=time.monotonic() - began,
-        leaked_blocks=free - pool.get_num_free_blocks(), grown_bytes=_allocated() - held,
+def check(model: str, engines: Sequence[str], how: Wanted) -> dict[str, Recipe | None]:
+    """The recipe of every engine, None for vLLM's own caches. What can be known to fail fails here, before minutes of work.
+
+    Raises RecipeError as `recipe_of` does, BadInputError and ArtefactError as `check_model` does, and for what cannot be churn.
+    """
+    if not engines:
+        raise BadInputError('There is nothing to measure. Give some engines, such as "bf16, polar4".')
+    if how.new_tokens >= how.longest or how.longest > LIMIT:
+        raise BadInputError(f"Requests have up to {LIMIT} tokens, and answers fewer than requests. Give other numbers.")
+    recipes = {kv: recipe_of(kv) for kv in engines}
+    check_model(model, recipes, how.profile)
+    return recipes
+
+
+def _row(
+    served: Served, kv: str, recipe: Recipe | None, load: Load, how: Wanted, place: Path, tell: Callable[[str, float], object]
+) -> Row:
+    arguments = _arguments(served, kv, recipe, how)
+    environment = served.environment(kv, recipe, place) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    evicting = recipe is not None and recipe.selection is not None
+    row: Row = dict(rows=how.rows, longest=how.longest, blocks=arguments["num_gpu_blocks_override"], seed=how.seed)
+
+    def step(title: str, task: Row) -> Any:
+        def line(text: str) -> None:
+            if text.startswith(PART):
+                tell(title, float(text.removeprefix(PART)))
+
+        found, why = run(title, MODULE, dict(model=served.path) | task, place, environment, how.log, line)
+        if why is not None:
+            row["reason"] = f"{title}: {why}"
+        return found
+
+    churned = step(
+        f"{kv}: churn",
+        dict(arguments=arguments, load=asdict(load), seconds=how.seconds, requests=how.requests, seed=how.seed),
     )  # fmt: skip
-    return row, done
+    if "reason" in row:
+        return row
+    row |= churned["row"]
+    done = [one for one in churned["done"] if not (evicting and one["preempted"])]  # it then keeps other tokens: all come at once
+    again = arguments | dict(enable_prefix_caching=False, num_gpu_blocks_override=None)
+    found = step(f"{kv}: asking again", dict(arguments=again, done=done, all_tokens=not evicting))
+    return row if "reason" in row else row | found
 
 
-def compare(llm: Any, done: list[Asked], most: int, seed: int) -> Row:
-    """Ask an engine that has done nothing else for some of the finished requests. worst_gap: nats between its own token and what was
-    said, at the first difference, the largest of all."""
-    some = random.Random(seed).sample(done, min(most, len(done)))
-    gaps = []
-    for one in some:
-        (out,) = llm.generate([{"prompt_token_ids": one.prompt}], _params(one.tokens, 20), use_tqdm=False)
-        said = out.outputs[0]
-        assert one.said is not None
-        first = next((i for i, (a, b) in enumerate(zip(one.said, said.token_ids, strict=True)) if a != b), None)
-        if first is not None:
-            likely = {token: p.logprob for token, p in said.logprobs[first].items()}
-            least = min(likely.values())
-            gaps.append(max(likely.values()) - likely.get(one.said[first], least - 1))
-    return dict(checked=len(some), differing=len(gaps), worst_gap=max(gaps, default=0.0))
+def _arguments(served: Served, kv: str, recipe: Recipe | None, how: Wanted) -> Row:
+    """Arguments of `vllm.LLM`. Where tokens are evicted, a prompt is computed in one piece: what is kept depends on the pieces."""
+    selection, tokens = None if recipe is None else recipe.selection, how.longest
+    if selection is not None:
+        tokens = min(tokens, selection.budget + selection.interval)
+    blocks = how.blocks or how.rows * tokens // (4 * PAGE)
+    return dict(
+        dtype=how.dtype,
+        max_model_len=how.longest,
+        max_num_seqs=how.rows,
+        max_num_batched_tokens=max(how.longest, how.rows) if selection else max(how.longest // 2, how.rows),
+        num_gpu_blocks_override=max(blocks, -(-how.longest // PAGE) + 2),
+        gpu_memory_utilization=how.memory,
+        enable_prefix_caching=selection is None,
+        enable_chunked_prefill=selection is None,
+        disable_log_stats=False,
+        **cache_arguments(kv, served.random),
+        **how.extra,
+    )
 
 
-def _request(rng: random.Random, load: Load, starts: list[int]) -> Asked:
-    tokens = rng.randint(1, load.new_tokens)
-    length = rng.randint(1, load.longest - tokens)
-    start = rng.choice(starts) if rng.random() < 0.7 else rng.randrange(len(load.ids) - load.longest)
-    abort_at = rng.randint(0, tokens - 1) if rng.random() < load.aborted else None
-    return Asked(load.ids[start : start + length], tokens, abort_at)
+def _ids(served: Served, text: str, how: Wanted) -> list[int]:
+    if served.random:
+        rng = random.Random(how.seed)
+        return [rng.randrange(1000, 100000) for _ in range(8 * how.longest)]
+    from transformers import AutoTokenizer
 
-
-def _params(tokens: int, logprobs: int | None = None) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs)
-
-
-def _scheduler(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def _allocated() -> int:
-    """Bytes of tensors on the GPU."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    ids = [int(i) for i in AutoTokenizer.from_pretrained(served.path)(text[: 64 * how.longest])["input_ids"]]
+    if len(ids) < 2 * how.longest:
+        raise BadInputError(
+            f"The text has {len(ids)} tokens, too few for requests of {how.longest}. Give a longer one, or fewer tokens."
+        )
+    return ids

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from kvstack.bench import serve as serving
 from kvstack.bench import serve_report as report
+from kvstack.bench.engine_process import PEERS
 from kvstack.bench.generate import SHAPES
 from kvstack.bench.problem import pair
 from kvstack.cli.bench import JsonOut, present, ready
@@ -38,9 +39,9 @@ def serve(
     model: Annotated[
         str, typer.Option(help=f"A shape with random weights ({', '.join(SHAPES)}), a model folder or a hub name.")
     ] = "qwen3-8b",
-    engines: Annotated[
-        str, typer.Option(help=f"Separated by commas: caches of vLLM ({', '.join(serving.PEERS)}) and recipes.")
-    ] = ", ".join(serving.PEERS + serving.OWN),
+    engines: Annotated[str, typer.Option(help=f"Separated by commas: caches of vLLM ({', '.join(PEERS)}) and recipes.")] = ", ".join(
+        PEERS + serving.OWN
+    ),
     prefill: Annotated[
         list[str] | None,
         typer.Option(help=f"Prompts: tokens x rows; can be given several times. Default: {_texts(DEFAULT.prefill)}."),

@@ -50,6 +50,7 @@ BENCH_COMMANDS = {
     "long": ("kvstack.cli.bench:long", "A long generation with eviction: tokens per second and memory."),
     "generate": ("kvstack.cli.bench:generate", "A model's decode loop: tokens per second of recipes."),
     "serve": ("kvstack.cli.bench_serve:serve", "Engines of vLLM: tokens that fit and tokens per second, its caches and ours."),
+    "churn": ("kvstack.cli.bench_churn:churn", "An engine of vLLM under random requests and aborts: is anything left, or wrong?"),
 }
 EXAMPLES = """
 kvstack doctor

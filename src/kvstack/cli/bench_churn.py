@@ -1,0 +1,114 @@
+"""`kvstack bench churn`: engines of vLLM under random requests, aborts and too little room, and what is left and wrong
+afterwards. The table goes to the terminal, the rows to a results file (`environment.write_results`). What is done is the business of
+`bench.churn`.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from kvstack.bench import churn as churning
+from kvstack.bench.engine_process import PEERS
+from kvstack.bench.generate import SHAPES
+from kvstack.cli.bench import JsonOut, present, ready
+from kvstack.cli.compare import read_text, split
+from kvstack.errors import KVStackError
+
+EXAMPLES = """
+kvstack bench churn Qwen/Qwen3-8B --engines polar4 --minutes 60 --json out/churn.json
+kvstack bench churn ./my-model --engines "exact, tri(1024)+polar4" --profile out/profile/profile.safetensors --log out/churn.log
+kvstack bench churn qwen3-8b --engines polar4 --longest 32768 --blocks 4096
+"""
+DEFAULT = churning.Wanted(seconds=600)
+
+
+def churn(
+    model: Annotated[str, typer.Argument(help=f"A model folder, a hub name, or a shape with random weights ({', '.join(SHAPES)}).")],
+    engines: Annotated[
+        str, typer.Option(help=f"Separated by commas: caches of vLLM ({', '.join(PEERS)}) and recipes.")
+    ] = "bf16, polar4",
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of churn, for each.")] = DEFAULT.seconds / 60,
+    rows: Annotated[int, typer.Option(min=1, help="Requests at once, at most.")] = DEFAULT.rows,
+    longest: Annotated[int, typer.Option(min=16, help="Tokens of a request, prompt and answer, at most.")] = DEFAULT.longest,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = DEFAULT.new_tokens,
+    checked: Annotated[int, typer.Option(min=1, help="Finished requests that a fresh engine is asked again.")] = DEFAULT.checked,
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="Pages of 128 tokens. Default: what half of the rows take on average.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file that prompts are parts of. Default: Python sources; random tokens for a shape.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the model.")] = DEFAULT.dtype,
+    memory: Annotated[float, typer.Option(min=0.01, max=1, help="Part of the GPU's memory that an engine may take.")] = DEFAULT.memory,
+    profile: Annotated[
+        Path | None, typer.Option(help="Profile of the model, for `tri(...)` and centre=on; a shape has a random one.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="Add the output of the engines to this file.")] = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Keep an engine busy with requests that come, end and are aborted at random, and see whether it leaks or says anything wrong.
+
+    Lengths are random, prefixes are shared, and there is room for half of what is wanted, so requests are preempted. Then no block may
+    be missing, and memory must not have grown; and a fresh engine, asked for some of the requests one at a time, must find what was
+    said as likely as what it would say itself. It may say something else: batches, chunks and cached prefixes round differently. Exits
+    with 1 when blocks are missing or an engine failed.
+    """
+    how = churning.Wanted(60 * minutes, rows, longest, new_tokens, checked, seed, blocks, dtype, memory, profile=profile, log=log)
+    churning.check(model, split(engines), how)
+    if find_spec("vllm") is None:
+        raise KVStackError("`kvstack bench churn` needs vLLM. Install it with `pip install 'kvstack[vllm]'`.")
+    ready(json_out, log)
+    with Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=1)
+        found = churning.measure(
+            model, split(engines), read_text(text), how, lambda what, part: bar.update(task, description=what, completed=part)
+        )
+    show(found, f"{model} under churn", json_out)
+    if any("reason" in r or r["leaked_blocks"] for r in found):
+        raise typer.Exit(1)
+
+
+def show(rows: list[churning.Row], title: str, json_out: Path | None) -> None:
+    """Print what happened and what was found, a column for every engine, and write the file that was asked for."""
+    done = [r for r in rows if "reason" not in r]
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("", no_wrap=True)
+    for r in done:
+        table.add_column(r["kv"], justify="right", no_wrap=True)
+    for name, cells in _lines(done).items():
+        table.add_row(name, *cells)
+    why = [f"{r['kv']}: {r['reason']}" for r in rows if "reason" in r]
+    present(rows, [table] if done else [], why, json_out, None, lambda _: None)
+
+
+def _lines(rows: list[churning.Row]) -> dict[str, list[str]]:
+    def counts(name: str) -> list[str]:
+        return [f"{r[name]:,}" for r in rows]
+
+    def grown(name: str) -> list[str]:
+        return [f"{(r[name][-1] - r[name][min(2, len(r[name]) - 1)]) / 1e6:,.1f}" for r in rows]
+
+    gaps = [r["gaps"] for r in rows]
+    return {
+        "seconds": [f"{r['seconds']:,.0f}" for r in rows],
+        "requests": counts("requests"),
+        "  aborted": counts("aborted"),
+        "  preemptions": counts("preempted"),
+        "new tokens": counts("new_tokens"),
+        "tokens of cached prefixes": counts("cached_tokens"),
+        "blocks that are missing": counts("leaked_blocks"),
+        "MB more on the GPU, from a fifth on": grown("gpu_bytes"),
+        "MB more on the host, from a fifth on": grown("host_bytes"),
+        "requests asked again": counts("checked"),
+        "  with other tokens": counts("differing"),
+        "tokens compared": counts("tokens"),
+        "  others": [f"{len(g):,}" for g in gaps],
+        "  nats less likely, the worst": [f"{max(g, default=0):.4f}" for g in gaps],
+        "  nats, tokens of other requests": ["-" if r["others"] is None else f"{r['others']:.4f}" for r in rows],
+    }
