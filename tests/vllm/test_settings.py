@@ -12,7 +12,7 @@ from engines import MODEL, engine
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
-from kvstack.bench.serve import random_model
+from kvstack.bench.engine_process import Served
 from kvstack.codecs import Fp8
 from kvstack.errors import ArtefactError, KVStackError, RecipeError, UnsupportedModelError
 from kvstack.recipe import Recipe
@@ -93,7 +93,7 @@ def test_other_versions_models_and_options_are_refused(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("asked", [{"backend": "TRITON_ATTN"}, {"backend_per_kind": {"full_attention": "TRITON_ATTN"}}])
 def test_a_backend_that_would_leave_it_out_is_refused(asked: dict[str, Any]) -> None:
     with set_current_vllm_config(config(attention_config=asked)):
-        assert choice.FLASH_ATTN is Backend
+        assert issubclass(choice.FLASH_ATTN, Backend)
         with pytest.raises(UnsupportedModelError, match="--attention-backend TRITON_ATTN leaves kvstack out"):
             _ = choice.TRITON_ATTN
     with set_current_vllm_config(config(attention_config=asked, additional_config={})):
@@ -106,7 +106,7 @@ def test_a_profile_of_another_size_is_refused(tmp_path: Path) -> None:
     model, recipe = config().model_config, Recipe.parse("polar4(centre=on)")
     found = profile_of(Settings(recipe, profile=f"{MODEL}/profile/profile.safetensors"), model)
     assert found is not None and found.key_centre.shape == (6, 2, 128) and profile_of(Settings(recipe), model) is None
-    other = random_model("small", tmp_path / "m") / "profile" / "profile.safetensors"
+    other = Served.of("small", None, tmp_path).profile
     with pytest.raises(ArtefactError, match=r"\(4, 2, 128\), and this one has \(6, 2, 128\)"):
         profile_of(Settings(recipe, profile=str(other)), model)
 

@@ -3,8 +3,13 @@
 vLLM hands a layer `[blocks, H, 128, bytes]` int8; with heads outside of tokens a block of one head is one page of `kernels.pages`, so
 the record of a token-head is a page's bytes over 128, exactly. A layer's page depends on its precision, and vLLM asks a class and not a
 layer, so each precision has a subclass of its own (`of`), which `assign` gives to the layers once their weights are there.
+
+Layers with a sliding window keep what vLLM has for them. It chooses a backend by name before it says of which kind a layer is, so each
+name has a subclass too (`named`), which stands aside for such a layer. All pages of a model must be equally large, and vLLM's hold 16
+bits a number: so that not ours are padded, its pages get the number of tokens that fits into one of ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -15,14 +20,14 @@ from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionBackend, subclass_attention_backend_with_overrides
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf, subclass_attention_backend_with_overrides
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from kvstack.codecs.base import Precision
 from kvstack.errors import RecipeError, UnsupportedModelError
 from kvstack.kernels.decode import Path
 from kvstack.kernels.pages import PAGE
-from kvstack.vllm.choice import wanted
+from kvstack.vllm.choice import own, wanted
 from kvstack.vllm.selection import Plan, SelectionSpec
 from kvstack.vllm.settings import Settings, layout
 
@@ -37,18 +42,19 @@ class Backend(AttentionBackend):  # type: ignore[misc]
     precision: ClassVar[Precision | None] = None
     plan: ClassVar[Plan | None] = None
     in_flight: ClassVar[int] = 0
+    stands_for: ClassVar[str | None] = None
 
     @staticmethod
     def get_name() -> str:
         """See vLLM: a member of its enumeration."""
         return "CUSTOM"
 
-    @staticmethod
-    def get_impl_cls() -> Any:
-        """See vLLM."""
-        from kvstack.vllm.impl import Impl
+    @classmethod
+    def get_impl_cls(cls) -> Any:
+        """See vLLM: of any layer with the name that we stand for."""
+        from kvstack.vllm.impl import Impl, or_windowed
 
-        return Impl
+        return Impl if cls.stands_for is None else or_windowed(own(cls.stands_for))
 
     @staticmethod
     def get_builder_cls() -> Any:
@@ -74,24 +80,32 @@ class Backend(AttentionBackend):  # type: ignore[misc]
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """See vLLM. A layer with a sliding window gets another backend; whatever else we cannot do is an error, since vLLM would fall
-        back.
+        """See vLLM. A layer with a sliding window gets vLLM's own backend; what we cannot do for others is an error, since vLLM would
+        fall back.
 
         Raises UnsupportedModelError.
         """
-        reasons: list[str] = super().validate_configuration(*args, **kwargs)
-        others = [r for r in reasons if r != "sliding window not supported"]
-        if others:
-            raise UnsupportedModelError(f"kvstack cannot serve this model: {'; '.join(others)}. Take away the recipe.")
-        return reasons
+        if kwargs.get("has_sliding_window") and cls.stands_for is not None:
+            return own(cls.stands_for).validate_configuration(*args, **kwargs)  # type: ignore[no-any-return]
+        if reasons := super().validate_configuration(*args, **kwargs):
+            raise UnsupportedModelError(f"kvstack cannot serve this model: {'; '.join(reasons)}. Take away the recipe.")
+        return []
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """See vLLM: the bytes of a token-head."""
+        """See vLLM: the bytes of a token-head. Raises UnsupportedModelError where no layer was there to `assign` backends."""
+        if isinstance(spec, SlidingWindowSpec):
+            raise UnsupportedModelError("All layers of this model have sliding windows: nothing is saved. Take away the recipe.")
         if cls.precision is None or spec.state_content_bytes is not None or not isinstance(spec, FullAttentionSpec):
             return spec
         spec = replace(spec, state_content_bytes=layout(cls.precision, spec.head_size, spec.dtype).nbytes // PAGE, dtype=torch.int8)
         return spec if cls.plan is None else SelectionSpec.of(spec, cls.plan, cls.in_flight)
+
+
+@cache
+def named(name: str) -> type[Backend]:
+    """The backend of layers for which vLLM would take its own of a name."""
+    return subclass_attention_backend_with_overrides(name, Backend, {"stands_for": name})  # type: ignore[no-any-return]
 
 
 @cache
@@ -102,37 +116,65 @@ def of(precision: Precision, plan: Plan | None, in_flight: int) -> type[Backend]
 
 
 def assign() -> Settings:
-    """Give every full-attention layer of the model at hand the backend of its precision, and say so; again does nothing more.
+    """Give every full-attention layer of the model at hand the backend of its precision, and those with sliding windows vLLM's; again
+    does nothing more.
 
-    Raises RecipeError for layers that there are not, and for precisions without a page.
+    Raises RecipeError for layers that there are not, for precisions without a page, and for what cannot be beside sliding windows.
     """
     config = get_current_vllm_config()
     settings = wanted(config)
     assert settings is not None, "our layers are there because of a recipe"
-    ours = {
-        extract_layer_index(name): layer
-        for name, layer in get_layers_from_vllm_config(config, Attention).items()
-        if issubclass(layer.attn_backend, Backend)
-    }
+    layers = get_layers_from_vllm_config(config, Attention)
+    ours = {extract_layer_index(n): x for n, x in layers.items() if issubclass(x.attn_backend, Backend) and x.sliding_window is None}
+    windowed = [layer for layer in layers.values() if layer.sliding_window is not None]
     selection = settings.recipe.selection
     plan = None if selection is None else Plan(selection.budget, selection.interval)
     for i, layer in ours.items():
         layout(settings.precision(i), layer.head_size, layer.kv_cache_torch_dtype)
         layer.attn_backend = of(settings.precision(i), plan, config.max_in_flight_tokens)
+    for layer in windowed:
+        if issubclass(layer.attn_backend, Backend):
+            layer.attn_backend = own(layer.attn_backend.stands_for)
+    if windowed:
+        config.cache_config.skip_page_size_padded = _page_beside_windows(settings, ours, windowed)
     if missing := sorted(set(settings.layers) - set(ours)):
         raise RecipeError(f"{settings.source}: the model has no full-attention layers {missing} to give other precisions to.")
     return settings
+
+
+def _page_beside_windows(settings: Settings, ours: dict[int, Any], windowed: Sequence[Any]) -> int:
+    """Bytes of a page of our layers, all of one size, in which those with windows find room for as many tokens as fit."""
+    if settings.recipe.selection is not None:
+        raise RecipeError(f"`{settings.recipe}` evicts tokens, and this model has sliding windows. Use the precision alone.")
+    sizes = {
+        int(layout(settings.precision(i), layer.head_size, layer.kv_cache_torch_dtype).nbytes * layer.num_kv_heads)
+        for i, layer in ours.items()
+    }
+    if len(sizes) > 1:
+        raise RecipeError(f"{settings.source}: beside sliding windows all pages have one size. Give all layers the same bits.")
+    page = sizes.pop()
+    for layer in windowed:
+        token = 2 * layer.num_kv_heads * layer.head_size * layer.kv_cache_torch_dtype.itemsize
+        fewest = min(s.base if isinstance(s, MultipleOf) else s for s in layer.attn_backend.get_supported_kernel_block_sizes())
+        if fewest * token > page:
+            raise RecipeError(
+                f"`{settings.recipe}`: vLLM's pages of sliding windows have {fewest} tokens or more, {fewest * token} bytes, "
+                f"and pages of other layers would have {page}. Use more bits."
+            )
+    return page
 
 
 def tell(settings: Settings, config: Any, path: Path) -> None:
     """Say in one line what is served, once the cache is there."""
     layers = get_layers_from_vllm_config(config, Attention).values()
     ours = [layer for layer in layers if issubclass(layer.attn_backend, Backend)]
-    tokens = ours[0].kv_cache.shape[0] * PAGE
     stored = sum(layer.kv_cache[0].nbytes for layer in ours) / PAGE
+    held = {layer.kv_cache.data_ptr(): layer.kv_cache.nbytes for layer in ours}  # beside windows, groups of layers share what there is
+    tokens = int(sum(held.values()) / stored)
     exact = sum(2 * layer.num_kv_heads * 2 * layer.head_size for layer in ours)
     logger.info(
-        "kvstack %s: %s (%s) in %d of %d layers, %.0f bytes a token, %.2fx smaller than in 16 bits; %s tokens fit. %s kernel: %s.",
-        version("kvstack"), settings.recipe, settings.source, len(ours), len(layers), stored, exact / stored, f"{tokens:,}", path.name,
+        "kvstack %s: %s (%s) in %d of %d layers, %.0f bytes a token, %.2fx smaller than in 16 bits; %s tokens fit%s. %s kernel: %s.",
+        version("kvstack"), settings.recipe, settings.source, len(ours), len(layers), stored, exact / stored, f"{tokens:,}",
+        " where windows take none" if len(ours) < len(layers) else "", path.name,
         path.reason,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 vLLM chooses a backend by platform and then looks up its class by a dotted path. `plugin.register` gives it paths into this module for
 those that it chooses for full attention, `kvstack.vllm.choice.FLASH_ATTN` and so on. Asked for such a name, the module answers with our
-backend when the configuration at hand asks for a recipe, and else with the class that vLLM itself has under this name.
+backend when the configuration at hand asks for a recipe, and else with the class that vLLM itself has under this name. Layers with a
+sliding window get the latter in any case (`backend.Backend`).
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from kvstack.vllm.settings import Settings, read
 
 VERSIONS = ("0.32.",)  # whose internals this was written for and tested with
 NAMES = ("FLASH_ATTN", "FLASHINFER", "CPU_ATTN", "CUSTOM")
-OTHERS = ("TRITON_ATTN", "FLEX_ATTENTION")  # left to layers with sliding windows, and to nobody's choice
+OTHERS = ("TRITON_ATTN", "FLEX_ATTENTION")  # vLLM's own, for layers with sliding windows only
 
 
 def wanted(config: Any) -> Settings | None:
@@ -66,6 +67,14 @@ def _chosen(attention: Any, name: str) -> bool:
     return asked is not None and asked.name == name
 
 
+def own(name: str) -> Any:
+    """The class that vLLM itself has under a name."""
+    path = AttentionBackendEnum[name].value
+    if path is None:
+        raise KVStackError(f"vLLM has no attention backend {name} of its own. Ask for another, or for a recipe.")
+    return resolve_obj_by_qualname(path)
+
+
 def __getattr__(name: str) -> Any:
     if name not in NAMES + OTHERS:
         raise AttributeError(name)
@@ -74,12 +83,7 @@ def __getattr__(name: str) -> Any:
     if settings is not None and name in OTHERS and _chosen(config.attention_config, name):
         raise UnsupportedModelError(f"--attention-backend {name} leaves kvstack out. Remove it, or the recipe ({settings.source}).")
     if settings is None or name in OTHERS:
-        path = AttentionBackendEnum[name].value
-        if path is None:
-            raise KVStackError(
-                "The attention backend CUSTOM is kvstack's, and no recipe was given. Set KVSTACK_RECIPE, such as polar4."
-            )
-        return resolve_obj_by_qualname(path)
-    from kvstack.vllm.backend import Backend
+        return own(name)
+    from kvstack.vllm.backend import named
 
-    return Backend
+    return named(name)

@@ -5,6 +5,7 @@ prompt in one chunk, and then token by token, gives the same tokens. Everything 
 themselves is FlashAttention's, as vLLM has it, and on a CPU torch's.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ from kvstack.kernels.reference import Partial, Shape, Side, attend, merge
 from kvstack.vllm.backend import assign, tell
 from kvstack.vllm.profiles import own_heads, profile_of
 from kvstack.vllm.steps import Rows, Step
+
+
+def or_windowed(own: Any) -> Any:
+    """A class that makes our attention of a layer, or for one with a sliding window that of vLLM's backend `own`."""
+
+    class OrWindowed(Impl):
+        def __new__(cls, *args: Any, **extra: Any) -> Any:
+            windowed = inspect.signature(Impl.__init__).bind(None, *args, **extra).arguments.get("sliding_window")
+            return (Impl if windowed is None else own.get_impl_cls())(*args, **extra)
+
+    return OrWindowed
 
 
 class Impl(AttentionImpl[Step]):  # type: ignore[misc]

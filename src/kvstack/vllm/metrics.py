@@ -33,7 +33,8 @@ class Metrics(StatLoggerBase):  # type: ignore[misc]
         if self.settings is None:
             return
         stored, exact = bytes_per_token(self.settings, self.config.model_config)
-        fits = (self.config.cache_config.num_gpu_blocks or 0) * self.config.cache_config.block_size
+        cache, windows = self.config.cache_config, "sliding_attention" in _kinds(self.config.model_config)
+        fits = cache.kv_cache_size_tokens if windows else (cache.num_gpu_blocks or 0) * PAGE
         for name, value in (("cache_tokens", fits), ("tokens_per_gib", 2**30 / stored), ("ratio", exact / stored)):
             _gauge(name).labels(self.engine).set(value)
 
@@ -48,10 +49,13 @@ class Metrics(StatLoggerBase):  # type: ignore[misc]
 def bytes_per_token(settings: Settings, model: Any) -> tuple[float, float]:
     """Bytes of a token of all full-attention layers as they are stored, and in 16 bits, for a ModelConfig of vLLM."""
     heads, size = model.get_total_num_kv_heads(), model.get_head_size()
-    kinds = getattr(model.hf_text_config, "layer_types", None) or ["full_attention"] * model.get_total_num_hidden_layers()
-    layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    layers = [i for i, kind in enumerate(_kinds(model)) if kind == "full_attention"]
     stored = sum(layout(settings.precision(i), size, model.dtype).nbytes / PAGE * heads for i in layers)
     return stored, float(len(layers) * heads * 2 * size * 2)
+
+
+def _kinds(model: Any) -> list[str]:
+    return getattr(model.hf_text_config, "layer_types", None) or ["full_attention"] * model.get_total_num_hidden_layers()
 
 
 # Once in a process, whatever engines come and go in it.
