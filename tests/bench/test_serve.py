@@ -63,7 +63,7 @@ def test_what_is_measured_is_known_before() -> None:
     found = serve.check("qwen3-8b", PEERS + serve.OWN, Points(), Arguments())
     assert found == dict.fromkeys(PEERS) | {kv: Recipe.parse(kv) for kv in serve.OWN}
     with pytest.raises(BadInputError, match="nothing to measure"):
-        serve.measure("qwen3-8b", [], Points(), Arguments())
+        next(serve.measure("qwen3-8b", [], Points(), Arguments()))
 
 
 def test_factors_are_over_bf16_of_the_same_kind_and_point() -> None:

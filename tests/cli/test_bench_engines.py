@@ -39,12 +39,13 @@ def invoke(*args: str) -> Any:
         (["--model", str(bundled_model()), "--engines", "bf16, tri(3072)+polar4"], "`tri(3072)+polar4` needs a profile of"),
         (["--model", str(bundled_model()), "--engines", "polar4(centre=on)"], "`polar4(centre=on)` needs a profile of"),
         (["--profile", "none.safetensors"], "none.safetensors does not exist"),
-        (["--prefill", "16384"], "'16384' is no shape. Give tokens and rows, such as 16384x4"),
+        (["--prefill", "16384"], "'16384' is no shape. Give rows and tokens, such as 32x16384"),
         (["--step", "8x"], "'8x' is no shape. Give rows and tokens, such as 32x16384"),
         (["--step", "8x40960"], "40960 tokens are too many: a request holds 40960, of which 72 are new"),
         (["--generation", "65536"], "65536 tokens are too many"),
         (["--rows", "64"], "A step of 128 rows needs as many at once, and 64 are allowed"),
-        (["--largest", "0"], "Invalid value for '--largest'"),
+        (["--largest", "0"], "'0' is no number of tokens"),
+        (["--prefill", "", "--step", "", "--largest", "", "--generation", ""], "There is nothing to measure"),
         (["--memory", "1.5"], "Invalid value for '--memory'"),
     ],
 )
@@ -54,7 +55,7 @@ def test_bad_options_of_serve(args: list[str], message: str) -> None:
 
 def test_serve_says_what_is_measured_by_default() -> None:
     text = " ".join(CliRunner().invoke(app, ["bench", "serve", "--help"]).output.split())
-    assert all(word in text for word in ("16384x4, 32768x2", "1x32768, 8x32768", "tri(3072)+polar4", "int4_per_token_head", "--plot"))
+    assert all(word in text for word in ("4x16384, 2x32768", "1x32768, 8x32768", "tri(3072)+polar4", "int4_per_token_head", "--plot"))
 
 
 @pytest.mark.parametrize("command", [["serve"], ["churn", "qwen3-8b"]])

@@ -26,6 +26,12 @@ SVD = RETROFIT | {"method": "per-head", "reference": True, "cache_bytes_per_toke
 ENGINE = {"engine": "vLLM", "kv": "bf16", "B": None, "N": None}
 STEP = ENGINE | {"kind": "step", "B": 8, "N": 4096, "ms_per_step": 9.5, "tokens_per_s": 842.1, "capacity_tokens": 777296}
 PROMPT = ENGINE | {"kind": "prefill", "B": 8, "N": 4096, "prefill_tokens_per_s": 1234.4}
+CHURNED = {
+    "engine": "vLLM", "kv": "bf16", "model": "m", "rows": 8, "longest": 512, "blocks": 6, "seed": 0, "seconds": 60.0, "requests": 100,
+    "finished": 90, "aborted": 10, "preempted": 3, "new_tokens": 4000, "cached_tokens": 128, "leaked_blocks": 0,
+    "gpu_bytes": [0, 1e6, 3e6, 5e6], "host_bytes": [0, 0, 0, 0], "checked": 9, "tokens": 900, "differing": 1, "gaps": [0.02],
+    "others": 4.0,
+}  # fmt: skip
 AFTER = {
     "test_loss_after": 1.87, "loss_increase_after": 0.02, "loss_increase_after_low": 0.01, "loss_increase_after_high": 0.03,
 }  # fmt: skip
@@ -68,6 +74,14 @@ def test_rows_of_benchmarks_have_a_column_per_problem(tmp_path: Path) -> None:
         "| vLLM | `bf16` | step | 8 x 4,096 | 777,296 | 9.50 | 842 |  |": [STEP],
         "| vLLM | `fp8` | failed |  |  |  |  |  | a / b |": [STEP, ENGINE | {"kv": "fp8", "kind": "failed", "reason": "a | b"}],
         "| vLLM | `bf16` | 0 | 128 | prefill | 8 x 4,096 |  |  |  | 1,234 |": [PROMPT | {"run": 0, "most_rows": 128}],
+    }
+    tables |= {
+        "|   nats less likely, the worst | 0.0200 |  |": [
+            CHURNED,
+            CHURNED | {"kv": "fp8", "reason": "a | b"},
+        ],
+        "| MB more on the GPU, from a fifth on | 2.0 |": [CHURNED],
+        "| not measured |  | a / b |": [CHURNED, ENGINE | {"model": "m", "rows": 8, "longest": 512, "blocks": 6, "reason": "a | b"}],
     }
     environment = {"gpu": None, "cpu": "a CPU", "torch": "2", "date": "2026-01-01"}
     for line, rows in tables.items():

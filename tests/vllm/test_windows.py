@@ -5,35 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, generated
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from engines import KINDS, engine, generated, less_likely, windowed_model
 
 import kvstack
 from kvstack.errors import RecipeError, UnsupportedModelError
 from kvstack.vllm.backend import Backend
 
-WINDOW = 100
-KINDS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-
-
-def small(kinds: list[str]) -> Any:
-    """Norms make so much of what attention finds that it does not say one token again and again."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=len(kinds), layer_types=kinds, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, sliding_window=WINDOW, max_position_embeddings=1024, query_pre_attn_scalar=4,
-        initializer_range=0.3,
-    )  # fmt: skip
-    model = Gemma3ForCausalLM(config).eval()
-    for layer in model.model.layers:
-        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-            torch.nn.init.constant_(norm.weight, 5.0)
-    return model
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return small(KINDS)
+    return windowed_model(KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +39,8 @@ def test_tokens_are_those_of_the_transformers_cache(recipe: str, model: Any, fol
         found = [generated(llm, [{"prompt_token_ids": ids} for ids in prompts], 40) for _ in range(2)]
     assert recipe == "fp8" or found[0] == found[1]
     for ids, said in zip(prompts, found[0], strict=True):
-        x = torch.tensor([ids])
-        out = model.generate(
-            x, attention_mask=torch.ones_like(x), max_new_tokens=40, do_sample=False, eos_token_id=None, output_logits=True,
-            past_key_values=kvstack.Cache(model, recipe), return_dict_in_generate=True,
-        )  # fmt: skip
-        want = out.sequences[0, len(ids) :].tolist()
-        first = next((i for i, (a, b) in enumerate(zip(said, want, strict=True)) if a != b), None)
-        assert len(set(want)) > 5 and (first is None or recipe == "fp8")
-        if first is not None:
-            logits = out.logits[first][0]
-            assert logits.max() - logits[said[first]] < 0.5 and logits.max() - logits.median() > 5
+        gap, distinct = less_likely(model, kvstack.Cache(model, recipe), ids, said)
+        assert distinct > 5 and gap < (0.5 if recipe == "fp8" else 1e-9)
 
 
 def test_pages_of_windows_are_as_large_as_ours(folder: str) -> None:
@@ -97,6 +69,6 @@ def test_what_cannot_be_beside_windows(asked: dict[str, Any], message: str, fold
 
 
 def test_windows_alone_leave_nothing_to_do(tmp_path: Path) -> None:
-    small(KINDS[:2]).save_pretrained(tmp_path)
+    windowed_model(KINDS[:2]).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="nothing is saved"), engine("exact", str(tmp_path), skip_tokenizer_init=True):
         pass

@@ -14,7 +14,7 @@ tells: the same for tokens that other requests said at the same places.
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,9 @@ class Wanted:
 
 def measure(
     model: str, engines: Sequence[str], text: str, how: Wanted, tell: Callable[[str, float], object] = lambda _, __: None
-) -> list[Row]:
-    """A row for every engine; one that fails has a `reason`. model: a name of `SHAPES`, a folder or a hub name. text: prompts
-    are parts of it; random weights get random tokens. tell: called with what is done and which part of it is.
+) -> Iterator[Row]:
+    """A row for every engine, one after another; one that fails has a `reason`. model: of `SHAPES`, a folder or a hub name. text:
+    prompts are parts of it; random weights get random tokens. tell: called with what is done and which part of it is.
 
     Raises as `check` does, and BadInputError for a text that is too short.
     """
@@ -64,9 +64,8 @@ def measure(
         place = Path(temporary)
         served = Served.of(model, how.profile, place)
         load = Load(_ids(served, text, how), how.longest, how.new_tokens, how.rows, how.checked)
-        return [
-            names(kv, recipe) | dict(model=model) | _row(served, kv, recipe, load, how, place, tell) for kv, recipe in recipes.items()
-        ]
+        for kv, recipe in recipes.items():
+            yield names(kv, recipe) | dict(model=model) | _row(served, kv, recipe, load, how, place, tell)
 
 
 def check(model: str, engines: Sequence[str], how: Wanted) -> dict[str, Recipe | None]:

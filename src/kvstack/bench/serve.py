@@ -7,7 +7,7 @@ queries are random too, or it is yours.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ CONNECTOR = {  # `filled_cache`, by name: this process does without vLLM
 
 @dataclass(frozen=True)
 class Points:
-    """What to measure: (tokens, rows) of prefills, (rows, tokens) of steps, tokens of largest batches and of whole generations."""
+    """What to measure: (rows, tokens) of prefills and steps, tokens of largest batches and of whole generations."""
 
-    prefill: Sequence[tuple[int, int]] = ((16384, 4), (32768, 2))
+    prefill: Sequence[tuple[int, int]] = ((4, 16384), (2, 32768))
     steps: Sequence[tuple[int, int]] = ((1, 32768), (8, 32768), (32, 4096), (32, 16384), (128, 2048))
     largest: Sequence[int] = (32768,)
     generation: Sequence[int] = (32768,)
@@ -49,13 +49,15 @@ class Arguments:
     extra: Row = field(default_factory=dict)
 
 
-def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, tell: Callable[[str], object] = print) -> list[Row]:
-    """Rows of all engines; one that fails has a row with its `reason`. model: a name of `SHAPES`, a folder or a hub name.
+def measure(
+    model: str, engines: Sequence[str], points: Points, how: Arguments, tell: Callable[[str], object] = print
+) -> Iterator[list[Row]]:
+    """The rows of every engine, one after another; one that fails has a row with its `reason`. model: a name of `SHAPES`, a folder or a
+    hub name.
 
     Raises as `check` does.
     """
     recipes = check(model, engines, points, how)
-    out: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         served = Served.of(model, how.profile, place)
@@ -70,8 +72,7 @@ def measure(model: str, engines: Sequence[str], points: Points, how: Arguments, 
             )
             rows, why = run(kv, "kvstack.bench.serve_engine", task, place, served.environment(kv, recipe, place), how.log)
             rows = (rows or []) + ([] if why is None else [dict(kind="failed", B=None, N=None, reason=why)])
-            out += [names(kv, recipe) | row for row in rows]
-    return out
+            yield [names(kv, recipe) | row for row in rows]
 
 
 def check(model: str, engines: Sequence[str], points: Points, how: Arguments) -> dict[str, Recipe | None]:
@@ -80,10 +81,10 @@ def check(model: str, engines: Sequence[str], points: Points, how: Arguments) ->
     Raises RecipeError for an engine that is none of vLLM's caches and no recipe that a server can hold, ArtefactError for a profile
     that cannot be read, BadInputError for a recipe without its profile, a model that is not there, and what no engine can measure.
     """
-    if not engines:
-        raise BadInputError('There is nothing to measure. Give some engines, such as "bf16, polar4".')
+    if not engines or not any((points.prefill, points.steps, points.largest, points.generation)):
+        raise BadInputError('There is nothing to measure. Give some engines, such as "bf16, polar4", and something to do.')
     recipes = {kv: recipe_of(kv) for kv in engines}
-    longest = max([n for n, _ in points.prefill] + [n for _, n in points.steps] + [*points.largest, *points.generation], default=0)
+    longest = max([n for _, n in (*points.prefill, *points.steps)] + [*points.largest, *points.generation], default=0)
     if longest > LIMIT - LONG:
         raise BadInputError(f"{longest} tokens are too many: a request holds {LIMIT}, of which {LONG} are new. Give fewer.")
     most = max((b for b, _ in points.steps), default=0)

@@ -62,11 +62,11 @@ class Engine:
         self.run(lengths, SHORT)
         return [(self.run(lengths, long) - self.run(lengths, SHORT)) / (long - SHORT) for _ in range(times)]
 
-    def prefill(self, n: int, rows: int) -> Row:
+    def prefill(self, b: int, n: int) -> Row:
         """See the module."""
         self.run([n], 1, compute=True)  # kernels that are compiled on first use
-        seconds = min(self.run([n] * rows, 1, compute=True) for _ in range(2))
-        return dict(kind="prefill", B=rows, N=n, prefill_tokens_per_s=rows * n / seconds)
+        seconds = min(self.run([n] * b, 1, compute=True) for _ in range(2))
+        return dict(kind="prefill", B=b, N=n, prefill_tokens_per_s=b * n / seconds)
 
     def timed(self, kind: str, b: int, n: int) -> Row:
         """Rows `step` and `largest`."""
@@ -105,8 +105,8 @@ def main(task: Row, to: Path) -> None:
         print(rows[-1], flush=True)
         to.write_text(json.dumps(rows))
 
-    for n, count in task["prefill"]:
-        note(engine.prefill(n, count))
+    for b, n in task["prefill"]:
+        note(engine.prefill(b, n))
     for b, n in task["steps"]:
         note(engine.timed("step", b, n))
     for n in task["largest"]:

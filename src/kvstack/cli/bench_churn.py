@@ -16,8 +16,10 @@ from kvstack.bench import churn as churning
 from kvstack.bench.engine_process import PEERS
 from kvstack.bench.generate import SHAPES
 from kvstack.cli.bench import JsonOut, present, ready
-from kvstack.cli.compare import read_text, split
+from kvstack.cli.compare import command_line, read_text, split
+from kvstack.environment import write_results
 from kvstack.errors import KVStackError
+from kvstack.eval.churn import lines
 
 EXAMPLES = """
 kvstack bench churn Qwen/Qwen3-8B --engines polar4 --minutes 60 --json out/churn.json
@@ -66,9 +68,13 @@ def churn(
     ready(json_out, log)
     with Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=1)
-        found = churning.measure(
+        found = []
+        for row in churning.measure(
             model, split(engines), read_text(text), how, lambda what, part: bar.update(task, description=what, completed=part)
-        )
+        ):
+            found.append(row)
+            if json_out:  # so that nothing is lost when the next engine takes the machine down
+                write_results(json_out, command_line(), found)
     show(found, f"{model} under churn", json_out)
     if any("reason" in r or r["leaked_blocks"] for r in found):
         raise typer.Exit(1)
@@ -81,34 +87,7 @@ def show(rows: list[churning.Row], title: str, json_out: Path | None) -> None:
     table.add_column("", no_wrap=True)
     for r in done:
         table.add_column(r["kv"], justify="right", no_wrap=True)
-    for name, cells in _lines(done).items():
-        table.add_row(name, *cells)
+    for cells in lines(done):
+        table.add_row(*cells)
     why = [f"{r['kv']}: {r['reason']}" for r in rows if "reason" in r]
     present(rows, [table] if done else [], why, json_out, None, lambda _: None)
-
-
-def _lines(rows: list[churning.Row]) -> dict[str, list[str]]:
-    def counts(name: str) -> list[str]:
-        return [f"{r[name]:,}" for r in rows]
-
-    def grown(name: str) -> list[str]:
-        return [f"{(r[name][-1] - r[name][min(2, len(r[name]) - 1)]) / 1e6:,.1f}" for r in rows]
-
-    gaps = [r["gaps"] for r in rows]
-    return {
-        "seconds": [f"{r['seconds']:,.0f}" for r in rows],
-        "requests": counts("requests"),
-        "  aborted": counts("aborted"),
-        "  preemptions": counts("preempted"),
-        "new tokens": counts("new_tokens"),
-        "tokens of cached prefixes": counts("cached_tokens"),
-        "blocks that are missing": counts("leaked_blocks"),
-        "MB more on the GPU, from a fifth on": grown("gpu_bytes"),
-        "MB more on the host, from a fifth on": grown("host_bytes"),
-        "requests asked again": counts("checked"),
-        "  with other tokens": counts("differing"),
-        "tokens compared": counts("tokens"),
-        "  others": [f"{len(g):,}" for g in gaps],
-        "  nats less likely, the worst": [f"{max(g, default=0):.4f}" for g in gaps],
-        "  nats, tokens of other requests": ["-" if r["others"] is None else f"{r['others']:.4f}" for r in rows],
-    }

@@ -19,7 +19,8 @@ from kvstack.bench.engine_process import PEERS
 from kvstack.bench.generate import SHAPES
 from kvstack.bench.problem import pair
 from kvstack.cli.bench import JsonOut, present, ready
-from kvstack.cli.compare import split
+from kvstack.cli.compare import command_line, number, split
+from kvstack.environment import write_results
 from kvstack.errors import KVStackError
 
 EXAMPLES = """
@@ -31,8 +32,12 @@ kvstack bench serve --model Qwen/Qwen3-8B --engines "bf16, tri(3072)+polar4" --p
 DEFAULT = serving.Points()
 
 
-def _texts(pairs: Sequence[tuple[int, int]]) -> str:
-    return ", ".join("x".join(map(str, p)) for p in pairs)
+def _text(of: Sequence[tuple[int, int] | int]) -> str:
+    return ", ".join("x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in of)
+
+
+def _pairs(text: str) -> list[tuple[int, int]]:
+    return [pair(word, "rows and tokens, such as 32x16384") for word in split(text)]
 
 
 def serve(
@@ -42,22 +47,18 @@ def serve(
     engines: Annotated[str, typer.Option(help=f"Separated by commas: caches of vLLM ({', '.join(PEERS)}) and recipes.")] = ", ".join(
         PEERS + serving.OWN
     ),
-    prefill: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Prompts: tokens x rows; can be given several times. Default: {_texts(DEFAULT.prefill)}."),
-    ] = None,
-    step: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Decode steps: rows x tokens; can be given several times. Default: {_texts(DEFAULT.steps)}."),
-    ] = None,
+    prefill: Annotated[str, typer.Option(help="Prompts, rows x tokens, separated by commas; an empty text for none.")] = _text(
+        DEFAULT.prefill
+    ),
+    step: Annotated[str, typer.Option(help="Decode steps, rows x tokens, separated by commas; an empty text for none.")] = _text(
+        DEFAULT.steps
+    ),
     largest: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Decode steps of as many rows of so many tokens as fit; can be given several times. Default: 32768."),
-    ] = None,
+        str, typer.Option(help="Decode steps of as many rows as fit, of so many tokens, separated by commas; an empty text for none.")
+    ] = _text(DEFAULT.largest),
     generation: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Generations of so many tokens, as many rows as fit; can be given several times. Default: 32768."),
-    ] = None,
+        str, typer.Option(help="Generations of so many tokens, as many rows as fit, separated by commas; an empty text for none.")
+    ] = _text(DEFAULT.generation),
     rows: Annotated[int, typer.Option(min=1, help="Rows at once, at most.")] = 1024,
     memory: Annotated[float, typer.Option(min=0.01, max=1, help="Part of the GPU's memory that an engine may take.")] = 0.9,
     profile: Annotated[
@@ -73,21 +74,20 @@ def serve(
     random numbers and codes. Recipes that evict are measured in generations only. "x bf16" above 1 is faster, or holds more, than
     vLLM's own cache in bf16. An engine takes minutes, and one that fails is told below the tables.
     """
-    points = serving.Points(
-        [pair(text, "tokens and rows, such as 16384x4") for text in prefill] if prefill else DEFAULT.prefill,
-        [pair(text, "rows and tokens, such as 32x16384") for text in step] if step else DEFAULT.steps,
-        largest or DEFAULT.largest,
-        generation or DEFAULT.generation,
-    )
+    points = serving.Points(_pairs(prefill), _pairs(step), [number(n) for n in split(largest)], [number(n) for n in split(generation)])
     how = serving.Arguments(memory, rows, profile, log)
     chosen = list(serving.check(model, split(engines), points, how))
     if find_spec("vllm") is None:
         raise KVStackError("`kvstack bench serve` needs vLLM. Install it with `pip install 'kvstack[vllm]'`.")
     ready(json_out, plot, log)
     tell = Console(stderr=True)
-    found = serving.measure(
+    found: list[report.Row] = []
+    for rows_of_one in serving.measure(
         model, chosen, points, how, lambda kv: tell.print(f"measuring {kv}", soft_wrap=True, highlight=False, markup=False)
-    )
+    ):
+        found += rows_of_one
+        if json_out:  # so that nothing is lost when the next engine takes the machine down
+            write_results(json_out, command_line(), found)
     show(found, f"Serving {model} with vLLM on {torch.cuda.get_device_name()}", json_out, plot)
 
 

@@ -96,7 +96,7 @@ def compare(
         raise BadInputError(
             "--ratio-at stores tokens without attention, from which nothing is evicted. Leave it out, or the selections."
         )
-    lengths = [_number(n) for n in split(ratio_at)]
+    lengths = [number(n) for n in split(ratio_at)]
     rival = None if against is None else str(Recipe.parse(against))
     if rival not in (None, runner.REFERENCE, *map(str, stacks)):
         raise BadInputError(f"--against {against} is none of the recipes. Name one that is measured.")
@@ -189,7 +189,8 @@ def read_text(path: Path | None) -> str:
         raise BadInputError(f"{path} cannot be read: {e}. Give a text file in UTF-8.") from e
 
 
-def _number(text: str) -> int:
+def number(text: str) -> int:
+    """A number of tokens."""
     if not text.isdecimal() or not int(text):
         raise BadInputError(f"{text!r} is no number of tokens. Give whole numbers separated by commas.")
     return int(text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvstack.eval import architectures, curves, page, rates, retrofit, serving
+from kvstack.eval import architectures, churn, curves, page, rates, retrofit, serving
 
 Row = dict[str, Any]
 
@@ -113,7 +113,7 @@ def markdown(files: Sequence[Path]) -> str:
 def _shown(rows: Sequence[dict[str, Any]]) -> list[page.Table]:
     if curves.are_mine(rows):
         return curves.compact(rows)
-    found = next((study for study in (architectures, rates, retrofit, serving) if study.are_mine(rows)), None)
+    found = next((study for study in (architectures, rates, retrofit, churn, serving) if study.are_mine(rows)), None)
     return found.tables(rows) if found else [_as_table(_lines(rows))]
 
 

@@ -1,0 +1,53 @@
+"""Engines on a GPU, with its kernels and CUDA graphs: they say what the transformers cache says, or what that finds nearly as likely,
+since every kernel rounds otherwise in bf16."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import KINDS, MODEL, engine, generated, less_likely, windowed_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvstack
+from kvstack.lab.registry import load_profile
+from kvstack.vllm.backend import Backend
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SOURCE = Path(kvstack.__file__).with_name("recipe.py").read_text("utf-8")
+NEARLY = 0.5  # nats; tokens that say something else are several away
+
+
+def prompts(ids: list[list[int]]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": x} for x in ids]
+
+
+@pytest.mark.parametrize("recipe", ["polar4", "k4v2", "fp8", "tri(256)+polar4"])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_tokens_are_those_of_the_transformers_cache_or_nearly_as_likely(recipe: str, eager: bool) -> None:
+    """Also when evictions came in between, some in the prompt."""
+    tok, tokens = AutoTokenizer.from_pretrained(MODEL), 300 if "tri" in recipe else 80
+    ids = [tok(text)["input_ids"] for text in (SOURCE[:900], SOURCE[:3000], "def main(", SOURCE[2000:2600])]
+    asked = {"recipe": recipe, "profile": f"{MODEL}/profile/profile.safetensors"}
+    with engine(asked, dtype="bfloat16", enforce_eager=eager, enable_prefix_caching=False, max_model_len=2048) as llm:
+        found = generated(llm, prompts(ids), tokens)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval().cuda()
+    for x, said in zip(ids, found, strict=True):
+        gap, _ = less_likely(model, kvstack.Cache(model, recipe, profile=load_profile("bundled")), x, said)
+        assert gap < NEARLY
+
+
+def test_a_model_with_sliding_windows(tmp_path: Path) -> None:
+    """Of which every layer with a window has the attention that vLLM chose for it."""
+    model = windowed_model(KINDS)
+    model.save_pretrained(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    ids = [[int(x) for x in torch.randint(3, 512, (n,), generator=draw)] for n in (300, 40, 130)]
+    with engine("polar4", str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=False) as llm:
+        layers: list[Any] = list(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values())
+        assert [issubclass(layer.attn_backend, Backend) for layer in layers] == [kind == "full_attention" for kind in KINDS]
+        assert layers[0].kv_cache.shape[0] == layers[2].kv_cache.shape[0] and layers[2].kv_cache[0].is_contiguous()
+        found = generated(llm, prompts(ids), 40)
+    model = model.to(torch.bfloat16).cuda()
+    for x, said in zip(ids, found, strict=True):
+        assert less_likely(model, kvstack.Cache(model, "polar4"), x, said)[0] < 2 * NEARLY
