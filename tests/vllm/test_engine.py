@@ -140,3 +140,25 @@ def test_drafts_that_are_rejected_leave_no_trace(model: Any, tokenized: list[lis
         assert generated(llm, as_prompts(some), 24) == [alone(model, ids, 24) for ids in some]
         found = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
         assert 0 < found["vllm:spec_decode_num_accepted_tokens"] < found["vllm:spec_decode_num_draft_tokens"]
+
+
+@pytest.mark.parametrize("recipe", ["exact", "polar4"])
+def test_pages_go_to_another_engine_as_they_are(recipe: str, model: Any, tokenized: list[list[int]], tmp_path: Path) -> None:
+    """By vLLM's connector that keeps blocks in files. The second engine reads two pages, and says what the transformers cache says when
+    it has these tokens already."""
+    ids, stored = tokenized[0], 2 * PAGE
+    connector = {
+        "kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }  # fmt: skip
+    found = []
+    for _ in range(2):
+        with engine(recipe, kv_transfer_config=connector, enable_prefix_caching=False, disable_log_stats=False) as llm:
+            (out,) = llm.generate(as_prompts([ids]), greedy(12), use_tqdm=False)
+            found.append((out.num_cached_tokens, list(out.outputs[0].token_ids)))
+            page = layers(llm)[0].kv_cache[0].nbytes
+    caches = [kvstack.Cache(model, recipe) for _ in range(2)]
+    with torch.inference_mode():
+        model(torch.tensor([ids[:stored]]), past_key_values=caches[1])
+    assert found == [(n, alone(model, ids, 12, cache)) for n, cache in zip((0, stored), caches, strict=True)]
+    sizes = [file.stat().st_size for file in tmp_path.rglob("*.safetensors")]
+    assert len(sizes) == 6 and all(2 * page < size < 2 * page + 128 for size in sizes)

@@ -122,6 +122,7 @@ def _arguments(served: Served, kv: str, recipe: Recipe | None, how: Wanted) -> R
     return dict(
         dtype=how.dtype,
         max_model_len=how.longest,
+        block_size=PAGE,
         max_num_seqs=how.rows,
         max_num_batched_tokens=max(how.longest, how.rows) if selection else max(how.longest // 2, how.rows),
         num_gpu_blocks_override=max(blocks, -(-how.longest // PAGE) + 2),
