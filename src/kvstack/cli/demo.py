@@ -1,4 +1,4 @@
-"""`kvstack demo`: in a minute on two cores, what a compressed cache saves and what it costs.
+"""`kvstack demo`: in one or two minutes on two cores, what a compressed cache saves and what it costs.
 
 It is `kvstack compare` on the bundled model with recipes and sizes chosen for a first look; the intervals are wide because the samples
 are few. It writes `demo.json`, `demo.png` and `demo.html`.
@@ -26,7 +26,7 @@ SUITE = SuiteConfig(length=1024, text_sequences=4, task_samples=2, batch=4)
 
 
 def demo(out: Annotated[Path, typer.Option(help="Folder for the table as JSON and the plot.")] = Path("out")) -> None:
-    """See in a minute what a compressed cache saves and what it costs."""
+    """See in two minutes what a compressed cache saves and what it costs."""
     artefact.check_folder(out)
     model, tokenizer = load("bundled", device="cpu")
     rows = measure(model, tokenizer, [Recipe.parse(r) for r in RECIPES], SUITE, held_out_text(), load_profile("bundled"))
