@@ -15,7 +15,7 @@ def test_churn_leaves_nothing_behind_and_says_nothing_wrong(recipe: str, tmp_pat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     evicting, parts = "tri" in recipe, list[float]()
     how = Wanted(
-        600, rows=8, longest=500, new_tokens=120 if evicting else 60, checked=3, seed=1, blocks=6, requests=16, dtype="float32",
+        600, rows=8, longest=500, new_tokens=60, checked=3, seed=1, blocks=6, requests=16, dtype="float32",
         profile=Path(MODEL) / "profile" / "profile.safetensors", log=tmp_path / "log",
         extra=dict(enforce_eager=True, kv_cache_memory_bytes=SPACE),
     )  # fmt: skip
