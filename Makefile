@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt tests/vllm/requirements.txt tests/vllm/
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/vllm/engine.txt
 	@touch $@
 
-demo: $(STAMP)  ## see in two minutes what a compressed cache saves
+demo: $(STAMP)  ## see what a compressed cache saves
 	$(BIN)/kvstack demo
 
 # Two test processes must not fight over threads, and no thread may spin while it waits for a core that is busy.

@@ -132,16 +132,6 @@ def test_quality_is_that_of_the_transformers_cache(model: Any, tokenized: list[l
     assert nats["polar4"] != nats["exact"]
 
 
-def test_drafts_that_are_rejected_leave_no_trace(model: Any, tokenized: list[list[int]]) -> None:
-    """Steps of four tokens a row, of which some are written over by the next."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    some = [tokenized[0], tokenized[3]]
-    with engine("exact", speculative_config=drafts, enable_prefix_caching=False, disable_log_stats=False) as llm:
-        assert generated(llm, as_prompts(some), 24) == [alone(model, ids, 24) for ids in some]
-        found = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-        assert 0 < found["vllm:spec_decode_num_accepted_tokens"] < found["vllm:spec_decode_num_draft_tokens"]
-
-
 @pytest.mark.parametrize("recipe", ["exact", "polar4"])
 def test_pages_go_to_another_engine_as_they_are(recipe: str, model: Any, tokenized: list[list[int]], tmp_path: Path) -> None:
     """By vLLM's connector that keeps blocks in files. The second engine reads two pages, and says what the transformers cache says when

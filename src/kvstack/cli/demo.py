@@ -26,7 +26,7 @@ SUITE = SuiteConfig(length=1024, text_sequences=4, task_samples=2, batch=4)
 
 
 def demo(out: Annotated[Path, typer.Option(help="Folder for the table as JSON and the plot.")] = Path("out")) -> None:
-    """See in two minutes what a compressed cache saves and what it costs."""
+    """See what a compressed cache saves and what it costs."""
     artefact.check_folder(out)
     model, tokenizer = load("bundled", device="cpu")
     rows = measure(model, tokenizer, [Recipe.parse(r) for r in RECIPES], SUITE, held_out_text(), load_profile("bundled"))

@@ -23,7 +23,7 @@ from kvstack.errors import KVStackError
 
 # name: where the function is, and the line that `kvstack --help` shows.
 COMMANDS = {
-    "demo": ("kvstack.cli.demo:demo", "See in two minutes what a compressed cache saves and what it costs."),
+    "demo": ("kvstack.cli.demo:demo", "See what a compressed cache saves and what it costs."),
     "run": ("kvstack.cli.run:run", "Generate text with a compressed cache."),
     "compare": ("kvstack.cli.compare:compare", "Measure recipes side by side: bytes, quality, speed."),
     "calibrate": ("kvstack.cli.calibrate:calibrate", "Calibrate a profile of a model on text."),

@@ -137,7 +137,9 @@ def assign() -> Settings:
             layer.attn_backend = own(layer.attn_backend.stands_for)
     if windowed:
         config.cache_config.skip_page_size_padded = _page_beside_windows(settings, ours, windowed)
-    if missing := sorted(set(settings.layers) - set(ours)):
+    start, end = config.model_config.get_layers_start_end_indices(config.parallel_config)
+    others = {*range(start), *range(end, config.model_config.get_total_num_hidden_layers())}  # which other processes have
+    if missing := sorted(set(settings.layers) - set(ours) - others):
         raise RecipeError(f"{settings.source}: the model has no full-attention layers {missing} to give other precisions to.")
     return settings
 
