@@ -59,7 +59,7 @@ def churn(
     Lengths are random, prefixes are shared, and there is room for half of what is wanted, so requests are preempted. Then no block may
     be missing, and memory must not have grown; and a fresh engine, asked for some of the requests one at a time, must find what was
     said as likely as what it would say itself. It may say something else: batches, chunks and cached prefixes round differently. Exits
-    with 1 when blocks are missing or an engine failed.
+    with 1 when blocks are missing or an engine failed; how much memory and which likelihoods are too much, you judge by the table.
     """
     how = churning.Wanted(60 * minutes, rows, longest, new_tokens, checked, seed, blocks, dtype, memory, profile=profile, log=log)
     churning.check(model, split(engines), how)

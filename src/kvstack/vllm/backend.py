@@ -177,6 +177,6 @@ def tell(settings: Settings, config: Any, path: Path) -> None:
     logger.info(
         "kvstack %s: %s (%s) in %d of %d layers, %.0f bytes a token, %.2fx smaller than in 16 bits; %s tokens fit%s. %s kernel: %s.",
         version("kvstack"), settings.recipe, settings.source, len(ours), len(layers), stored, exact / stored, f"{tokens:,}",
-        " where windows take none" if len(ours) < len(layers) else "", path.name,
+        ", less what windows take" if len(ours) < len(layers) else "", path.name,
         path.reason,
     )  # fmt: skip
