@@ -27,7 +27,9 @@ def prompts(ids: list[list[int]]) -> list[dict[str, list[int]]]:
 def test_tokens_are_those_of_the_transformers_cache_or_nearly_as_likely(recipe: str, eager: bool) -> None:
     """Also when evictions came in between, some in the prompt."""
     tok, tokens = AutoTokenizer.from_pretrained(MODEL), 300 if "tri" in recipe else 80
-    ids = [tok(text)["input_ids"] for text in (SOURCE[:900], SOURCE[:3000], "def main(", SOURCE[2000:2600])]
+    # 896 tokens, from which both evict in the prompt, and fewer than the 384 at which both begin to.
+    ids = [tok(text)["input_ids"][:896] for text in (SOURCE[:900], SOURCE[:4000], "def main(", SOURCE[2000:2600])]
+    assert [len(x) for x in ids if len(x) >= 384] == [896]
     asked = {"recipe": recipe, "profile": f"{MODEL}/profile/profile.safetensors"}
     with engine(asked, dtype="bfloat16", enforce_eager=eager, enable_prefix_caching=False, max_model_len=2048) as llm:
         found = generated(llm, prompts(ids), tokens)
