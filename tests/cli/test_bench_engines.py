@@ -16,7 +16,7 @@ CHURNED: dict[str, Any] = {
     "engine": "vLLM + kvstack", "kv": "polar4", "model": "a", "rows": 8, "longest": 512, "blocks": 16, "seed": 0, "seconds": 60.4,
     "requests": 1234, "finished": 1100, "aborted": 134, "preempted": 21, "new_tokens": 56789, "cached_tokens": 4321,
     "leaked_blocks": 0, "gpu_bytes": [0, 5000000, 7000000, 7000000, 7500000], "host_bytes": [1, 2, 3, 4], "checked": 50,
-    "tokens": 2345, "differing": 2, "gaps": [0.0123, 0.001], "others": 5.25,
+    "tokens": 2345, "differing": 2, "gaps": [0.0123, 0.001], "together": [0.0456], "others": 5.25,
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_bad_options_of_churn(args: list[str], message: str) -> None:
 
 
 def test_churn_shows_and_writes_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clean = CHURNED | {"kv": "bf16", "gaps": [], "others": None, "differing": 0}
+    clean = CHURNED | {"kv": "bf16", "gaps": [], "together": [], "others": None, "differing": 0}
     failed = {"engine": "vLLM", "kv": "fp8", "reason": "fp8: churn: ValueError: no such [cache]"}
     bench_churn.show([clean, CHURNED, failed], "a title", tmp_path / "r.json")
     text = capsys.readouterr().out

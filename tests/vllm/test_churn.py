@@ -24,5 +24,5 @@ def test_churn_leaves_nothing_behind_and_says_nothing_wrong(recipe: str, tmp_pat
     assert "reason" not in row, row["reason"]
     assert row["leaked_blocks"] == 0 and row["finished"] + row["aborted"] == row["requests"] > 10
     assert row["aborted"] > 0 and (row["preempted"] > 0 or evicting) and (row["cached_tokens"] > 0) == (not evicting)
-    assert row["checked"] > 1 and row["tokens"] > 30 and row["differing"] == 0 and row["others"] > 1
+    assert row["checked"] > 1 and row["tokens"] > 30 and row["differing"] == 0 and not row["together"] and row["others"] > 1
     assert parts[0] == 0 and 0.8 < max(parts) < 1 and "part done: " in (tmp_path / "log").read_text("utf-8")

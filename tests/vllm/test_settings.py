@@ -11,6 +11,7 @@ import torch
 from engines import MODEL, engine
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from kvstack.bench.engine_process import Served
 from kvstack.codecs import Fp8
@@ -94,6 +95,7 @@ def test_other_versions_models_and_options_are_refused(monkeypatch: pytest.Monke
 def test_a_backend_that_would_leave_it_out_is_refused(asked: dict[str, Any]) -> None:
     with set_current_vllm_config(config(attention_config=asked)):
         assert issubclass(choice.FLASH_ATTN, Backend)
+        assert resolve_obj_by_qualname(".".join(choice.FLASH_ATTN.full_cls_name())) is choice.FLASH_ATTN  # as it does on GPUs
         with pytest.raises(UnsupportedModelError, match="--attention-backend TRITON_ATTN leaves kvstack out"):
             _ = choice.TRITON_ATTN
     with set_current_vllm_config(config(attention_config=asked, additional_config={})):

@@ -4,12 +4,13 @@ Afterwards nothing may be left behind, and no token may be wrong. What the engin
 (`churn_engine`). Some of the finished requests are asked again, one at a time, of an engine that has done nothing else:
 
     {engine, kv, model, rows, longest, blocks, seed, seconds, requests, finished, aborted, preempted, new_tokens, cached_tokens,
-    leaked_blocks, gpu_bytes, host_bytes, checked, tokens, differing, gaps, others}
+    leaked_blocks, gpu_bytes, host_bytes, checked, tokens, differing, gaps, together, others}
 
 Where both say other tokens, the second engine must have found the first one's about as likely as its own. `gaps` are these differences
 of log-probabilities: batches, chunks and prefixes round differently, and a prompt whose prefix is cached reads codes where the second
-engine read it exact; but a page that is not where it should be does not say something nearly as good. How that would look, `others`
-tells: the same for tokens that other requests said at the same places.
+engine read it exact; but a page that is not where it should be does not say something nearly as good. How large they may be, two
+controls tell: `together`, the same for what the second engine says itself when it is asked for eight requests at once; and `others`,
+for tokens that other requests said at the same places, which are wrong.
 """
 
 import random
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvstack.bench.churn_engine import PART, Load
+from kvstack.bench.churn_engine import PART, TOGETHER, Load
 from kvstack.bench.engine_process import LIMIT, Served, cache_arguments, check_model, names, recipe_of, run
 from kvstack.errors import BadInputError
 from kvstack.kernels.pages import PAGE
@@ -108,7 +109,8 @@ def _row(
         return row
     row |= churned["row"]
     done = [one for one in churned["done"] if not (evicting and one["preempted"])]  # it then keeps other tokens: all come at once
-    again = arguments | dict(enable_prefix_caching=False, num_gpu_blocks_override=None)
+    room = TOGETHER * (-(-how.longest // PAGE) + 2)
+    again = arguments | dict(enable_prefix_caching=False, num_gpu_blocks_override=room)
     found = step(f"{kv}: asking again", dict(arguments=again, done=done, all_tokens=not evicting))
     return row if "reason" in row else row | found
 

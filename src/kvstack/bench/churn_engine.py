@@ -19,6 +19,7 @@ from typing import Any
 PART = "part done: "
 SAMPLES = 10  # of memory
 LIKELIEST = 20  # tokens whose probability vLLM tells
+TOGETHER = 8  # requests that are asked at once, at the end
 Row = dict[str, Any]
 
 
@@ -100,34 +101,53 @@ def churn(
 
 
 def ask_again(llm: Any, done: Sequence[Row], all_tokens: bool, told: Callable[[float], object]) -> Row:
-    """Ask an engine for requests that were finished, one at a time. all_tokens: go on behind differences, with what was said before."""
+    """Ask an engine for requests that were finished, one at a time. all_tokens: go on behind differences, with what was said before.
+    Then for some at once, which shows what rounding alone does."""
     gaps: list[float] = []
     others: list[float] = []
+    alone: list[Any] = []
     tokens = differing = 0
     for i, one in enumerate(done):
         told(i / len(done))
         first, other = 0, done[i - 1]["said"]
-        differs = False
         while first < one["tokens"]:
-            prompt = one["prompt"] + one["said"][:first]
-            (out,) = llm.generate([{"prompt_token_ids": prompt}], _params(one["tokens"] - first, LIKELIEST), use_tqdm=False)
-            answer = out.outputs[0]
-            at = next((j for j, token in enumerate(answer.token_ids) if token != one["said"][first + j]), None)
-            if first == 0 and len(other) and other[0] != answer.token_ids[0]:
-                others.append(_gap(answer.logprobs[0], other[0]))
-            tokens += len(answer.token_ids) if at is None else at + 1
+            prompt, left = one["prompt"] + one["said"][:first], one["said"][first:]
+            (answer,) = _ask(llm, [(prompt, len(left))])
+            if first == 0:
+                alone.append(answer)
+                if len(other) and other[0] != answer.token_ids[0]:
+                    others.append(_gap(answer, 0, other[0]))
+            at = _first_other(answer, left)
+            tokens += len(left) if at is None else at + 1
             if at is None:
                 break
-            differs = True
-            gaps.append(_gap(answer.logprobs[at], one["said"][first + at]))
+            differing += first == 0
+            gaps.append(_gap(answer, at, left[at]))
             first = first + at + 1 if all_tokens else one["tokens"]
-        differing += differs
-    return dict(checked=len(done), tokens=tokens, differing=differing, gaps=sorted(gaps, reverse=True), others=_middle(others))
+    together: list[float] = []
+    for i in range(0, len(done), TOGETHER):
+        answers = _ask(llm, [(one["prompt"], one["tokens"]) for one in done[i : i + TOGETHER]])
+        for a, b in zip(alone[i:], answers, strict=False):
+            if (at := _first_other(a, b.token_ids)) is not None:
+                together.append(_gap(a, at, b.token_ids[at]))
+    found = dict(checked=len(done), tokens=tokens, differing=differing, gaps=sorted(gaps, reverse=True), others=_middle(others))
+    return found | dict(together=sorted(together, reverse=True))
 
 
-def _gap(logprobs: Any, token: int) -> float:
-    """How much less likely a token is than the likeliest, in nats; at least, when it is not among those that are told."""
-    known = {t: p.logprob for t, p in logprobs.items()}
+def _ask(llm: Any, asked: Sequence[tuple[list[int], int]]) -> list[Any]:
+    """Answers to prompts, of so many tokens each."""
+    found = llm.generate([{"prompt_token_ids": ids} for ids, _ in asked], [_params(n, LIKELIEST) for _, n in asked], use_tqdm=False)
+    return [out.outputs[0] for out in found]
+
+
+def _first_other(answer: Any, said: Sequence[int]) -> int | None:
+    """Where an answer has another token than was said, or None."""
+    return next((i for i, (a, b) in enumerate(zip(answer.token_ids, said, strict=True)) if a != b), None)
+
+
+def _gap(answer: Any, at: int, token: int) -> float:
+    """How much less likely a token is than the likeliest of an answer, in nats; at least, when it is not among those that are told."""
+    known = {t: p.logprob for t, p in answer.logprobs[at].items()}
     return float(max(known.values()) - known.get(token, min(known.values())))
 
 

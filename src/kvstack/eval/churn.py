@@ -36,6 +36,7 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         *(line(name, lambda row, field=field: f"{row[field]:,}") for field, name in AGAIN.items()),
         line("  others", lambda row: f"{len(row['gaps']):,}"),
         line("  nats less likely, the worst", lambda row: f"{max(row['gaps'], default=0):.4f}"),
+        line("  nats, eight at once and alone", lambda row: f"{max(row['together'], default=0):.4f}"),
         line("  nats, tokens of other requests", lambda row: "-" if row["others"] is None else f"{row['others']:.4f}"),
     ]
 

@@ -27,6 +27,7 @@ from kvstack.codecs.base import Precision
 from kvstack.errors import RecipeError, UnsupportedModelError
 from kvstack.kernels.decode import Path
 from kvstack.kernels.pages import PAGE
+from kvstack.vllm import choice
 from kvstack.vllm.choice import own, wanted
 from kvstack.vllm.selection import Plan, SelectionSpec
 from kvstack.vllm.settings import Settings, layout
@@ -104,8 +105,9 @@ class Backend(AttentionBackend):  # type: ignore[misc]
 
 @cache
 def named(name: str) -> type[Backend]:
-    """The backend of layers for which vLLM would take its own of a name."""
-    return subclass_attention_backend_with_overrides(name, Backend, {"stands_for": name})  # type: ignore[no-any-return]
+    """The backend of layers for which vLLM would take its own of a name. On GPUs it looks the class up once more, by its path."""
+    fixed = {"stands_for": name, "__module__": choice.__name__, "__qualname__": name}
+    return subclass_attention_backend_with_overrides(name, Backend, fixed)  # type: ignore[no-any-return]
 
 
 @cache
