@@ -69,7 +69,9 @@ def test_polar_pages_give_the_tokens_of_the_transformers_cache(model: Any, token
     some = [tokenized[i] for i in (0, 2)]
     with engine("polar4", enable_prefix_caching=False) as llm:
         found = generated(llm, as_prompts(some), 16)
+        held = [layer.impl.body.pages.pool.untyped_storage().nbytes() for layer in layers(llm)]
     assert found == [alone(model, ids, 16, kvstack.Cache(model, "polar4")) for ids in some]
+    assert held == [0] * 6, "the cache with which vLLM tries graphs would stay"
 
 
 def test_as_many_more_tokens_fit_as_the_records_are_smaller() -> None:

@@ -42,8 +42,8 @@ def test_tokens_are_those_of_the_transformers_cache_or_nearly_as_likely(recipe: 
 
 @pytest.mark.parametrize("recipe", ["exact", "fp8", "polar4"])
 def test_a_model_with_sliding_windows(recipe: str, tmp_path: Path) -> None:
-    """Of which every layer with a window has the attention that vLLM chose for it, in pages as large as ours. With four bits a model
-    with random weights says other tokens for the least rounding, so then it only has to say some."""
+    """Of which every layer with a window has the attention that vLLM chose for it, in pages as large as ours. Its weights are random,
+    and rounding alone moves its logits by one, so what it says only has to be likelier than what it says to other prompts."""
     model = windowed_model(KINDS)
     model.save_pretrained(tmp_path)
     draw = torch.Generator().manual_seed(0)
@@ -55,6 +55,7 @@ def test_a_model_with_sliding_windows(recipe: str, tmp_path: Path) -> None:
         assert ours.shape[0] == others.shape[0] and ours[0].is_contiguous()
         found = generated(llm, prompts(ids), 40)
     model = model.to(torch.bfloat16).cuda()
-    for x, said in zip(ids, found, strict=True):
-        gap, distinct = less_likely(model, kvstack.Cache(model, recipe), x, said)
-        assert distinct > 5 and (recipe == "polar4" or gap < 2 * NEARLY)
+    gaps, wrong = (
+        [less_likely(model, kvstack.Cache(model, recipe), x, found[i - shift])[0] for i, x in enumerate(ids)] for shift in (0, 1)
+    )
+    assert max(gaps) < 0.75 * min(wrong), (gaps, wrong)

@@ -3,7 +3,6 @@ afterwards. The table goes to the terminal, the rows to a results file (`environ
 `bench.churn`.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +16,8 @@ from kvstack.bench.engine_process import PEERS
 from kvstack.bench.generate import SHAPES
 from kvstack.cli.bench import JsonOut, present, ready
 from kvstack.cli.compare import command_line, read_text, split
+from kvstack.cli.serve import need_vllm
 from kvstack.environment import write_results
-from kvstack.errors import KVStackError
 from kvstack.eval.churn import lines
 
 EXAMPLES = """
@@ -63,8 +62,7 @@ def churn(
     """
     how = churning.Wanted(60 * minutes, rows, longest, new_tokens, checked, seed, blocks, dtype, memory, profile=profile, log=log)
     churning.check(model, split(engines), how)
-    if find_spec("vllm") is None:
-        raise KVStackError("`kvstack bench churn` needs vLLM. Install it with `pip install 'kvstack[vllm]'`.")
+    need_vllm("bench churn")
     ready(json_out, log)
     with Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=1)

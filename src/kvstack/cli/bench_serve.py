@@ -5,7 +5,6 @@ Every engine runs in a process of its own, one after another (`bench.serve`). Th
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +19,8 @@ from kvstack.bench.generate import SHAPES
 from kvstack.bench.problem import pair
 from kvstack.cli.bench import JsonOut, present, ready
 from kvstack.cli.compare import command_line, number, split
+from kvstack.cli.serve import need_vllm
 from kvstack.environment import write_results
-from kvstack.errors import KVStackError
 
 EXAMPLES = """
 kvstack bench serve
@@ -77,8 +76,7 @@ def serve(
     points = serving.Points(_pairs(prefill), _pairs(step), [number(n) for n in split(largest)], [number(n) for n in split(generation)])
     how = serving.Arguments(memory, rows, profile, log)
     chosen = list(serving.check(model, split(engines), points, how))
-    if find_spec("vllm") is None:
-        raise KVStackError("`kvstack bench serve` needs vLLM. Install it with `pip install 'kvstack[vllm]'`.")
+    need_vllm("bench serve")
     ready(json_out, plot, log)
     tell = Console(stderr=True)
     found: list[report.Row] = []

@@ -39,8 +39,7 @@ def serve(
     --pipeline-parallel-size, --nnodes and all others. `GET /health` says when it is up, and `GET /metrics` has, beside vLLM's own
     numbers, kvstack_cache_tokens, kvstack_tokens_per_gib, kvstack_ratio and kvstack_evicted_tokens_total.
     """
-    if find_spec("vllm") is None:
-        raise KVStackError("`kvstack serve` needs vLLM. Install it with `pip install 'kvstack[vllm]'`.")
+    need_vllm("serve")
     if profile is not None and not profile.is_file():
         raise ArtefactError(f"{profile} does not exist. Make a profile with `kvstack calibrate {model} -o DIR`.")
     asked = {"recipe": recipe} | ({} if profile is None else {"profile": str(profile.resolve())})
@@ -54,6 +53,12 @@ def serve(
         given.append("--no-enable-prefix-caching")
     console.print(f"Serving {model} with {settings.recipe}: GET /health when it is up, GET /metrics for what it holds.", soft_wrap=True)
     os.execv(sys.executable, [sys.executable, "-m", *_server(model), *given])
+
+
+def need_vllm(command: str) -> None:
+    """Raises KVStackError without it."""
+    if find_spec("vllm") is None:
+        raise KVStackError(f"`kvstack {command}` needs vLLM. Install it with `pip install 'kvstack[vllm]'`.")
 
 
 def _server(model: str) -> list[str]:

@@ -89,7 +89,7 @@ _FADE = gl.constexpr(
 _FADED = gl.constexpr(",".join(["=f"] * 16 + ["f"] * 32 + ["r"] * 16))
 
 
-@triton.jit(do_not_specialize=["table_stride"])  # it changes with lengths
+@triton.jit
 def fold_kernel(pool, table, lengths, folded, powers, heads, table_stride, SCALES: tl.constexpr, PAGE: tl.constexpr):
     """Scales of a page as factors of pairs of float16 numbers."""
     p, segment = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -395,7 +395,7 @@ def _consume(
     gl.store(to, x.to(out_ptr.dtype.element_ty), mask=(r < rows)[:, None])
 
 
-@gluon.jit(do_not_specialize=["rows", "T", "table_stride", "columns"])  # they change with lengths
+@gluon.jit
 def prefill_kernel(
     q, k_signs, v_signs, k_centre, v_centre, pool, table, lengths, folded, powers, k_table, v_table, out, lse, flags,
     heads, rows, T, stride_b, stride_h, stride_t, table_stride, columns, factor, softcap,
