@@ -4,13 +4,14 @@ Afterwards nothing may be left behind, and no token may be wrong. What the engin
 (`churn_engine`). Some of the finished requests are asked again, one at a time, of an engine that has done nothing else:
 
     {engine, kv, model, rows, longest, blocks, seed, seconds, requests, finished, aborted, preempted, new_tokens, cached_tokens,
-    leaked_blocks, gpu_bytes, host_bytes, checked, tokens, differing, gaps, together, others}
+    leaked_blocks, gpu_bytes, host_bytes, checked, tokens, differing, gaps, together, others, worst}
 
 Where both say other tokens, the second engine must have found the first one's about as likely as its own. `gaps` are these differences
 of log-probabilities: batches, chunks and prefixes round differently, and a prompt whose prefix is cached reads codes where the second
 engine read it exact; but a page that is not where it should be does not say something nearly as good. How large they may be, two
 controls tell: `together`, the same for what the second engine says itself when it is asked for eight requests at once; and `others`,
-for tokens that other requests said at the same places, which are wrong.
+for tokens that other requests said at the same places, which are wrong. `worst` is the request of the greatest, [{at, prompt, said}] in
+tokens, to look into.
 """
 
 import random

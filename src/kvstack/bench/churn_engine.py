@@ -103,7 +103,7 @@ def churn(
 def ask_again(llm: Any, done: Sequence[Row], all_tokens: bool, told: Callable[[float], object]) -> Row:
     """Ask an engine for requests that were finished, one at a time. all_tokens: go on behind differences, with what was said before.
     Then for some at once, which shows what rounding alone does."""
-    gaps: list[float] = []
+    gaps: list[tuple[float, int, int]] = []  # with the request and the place
     others: list[float] = []
     alone: list[Any] = []
     tokens = differing = 0
@@ -122,7 +122,7 @@ def ask_again(llm: Any, done: Sequence[Row], all_tokens: bool, told: Callable[[f
             if at is None:
                 break
             differing += first == 0
-            gaps.append(_gap(answer, at, left[at]))
+            gaps.append((_gap(answer, at, left[at]), i, first + at))
             first = first + at + 1 if all_tokens else one["tokens"]
     together: list[float] = []
     for i in range(0, len(done), TOGETHER):
@@ -130,8 +130,10 @@ def ask_again(llm: Any, done: Sequence[Row], all_tokens: bool, told: Callable[[f
         for a, b in zip(alone[i:], answers, strict=False):
             if (at := _first_other(a, b.token_ids)) is not None:
                 together.append(_gap(a, at, b.token_ids[at]))
-    found = dict(checked=len(done), tokens=tokens, differing=differing, gaps=sorted(gaps, reverse=True), others=_middle(others))
-    return found | dict(together=sorted(together, reverse=True))
+    gaps.sort(reverse=True)
+    found = dict(checked=len(done), tokens=tokens, differing=differing, gaps=[gap for gap, _, _ in gaps], others=_middle(others))
+    worst = [dict(at=at, prompt=done[i]["prompt"], said=done[i]["said"]) for _, i, at in gaps[:1]]
+    return found | dict(together=sorted(together, reverse=True), worst=worst)
 
 
 def _ask(llm: Any, asked: Sequence[tuple[list[int], int]]) -> list[Any]:

@@ -1,6 +1,6 @@
 """What `kvstack bench churn` found, for people: a column for every engine. The rows are those of `bench.churn`. It measures nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvstack.eval.page import Table
@@ -20,24 +20,26 @@ def are_mine(rows: Sequence[Row]) -> bool:
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """What happened and what was found, a line for each, with a cell for every row; those without numbers have empty cells."""
+    """What happened and what was found, a line for each, with a cell for every row; what a row does not know is an empty cell."""
 
-    def line(name: str, cell: Any) -> tuple[str, ...]:
-        return name, *("" if "reason" in row else cell(row) for row in rows)
+    def line(name: str, field: str, cell: Callable[[Any], str] = "{:,}".format) -> tuple[str, ...]:
+        return name, *(cell(row[field]) if field in row else "" for row in rows)
 
-    def grown(row: Row, field: str) -> str:
-        first = row[field][min(2, len(row[field]) - 1)]
-        return f"{(row[field][-1] - first) / 1e6:,.1f}"
+    def grown(samples: Sequence[float]) -> str:
+        return f"{round((samples[-1] - samples[min(2, len(samples) - 1)]) / 1e6, 1) + 0.0:,.1f}"  # no -0.0
+
+    def worst(gaps: Sequence[float]) -> str:
+        return f"{max(gaps, default=0):.4f}"
 
     return [
-        line("seconds", lambda row: f"{row['seconds']:,.0f}"),
-        *(line(name, lambda row, field=field: f"{row[field]:,}") for field, name in COUNTS.items()),
-        *(line(name, lambda row, field=field: grown(row, field)) for field, name in GROWN.items()),
-        *(line(name, lambda row, field=field: f"{row[field]:,}") for field, name in AGAIN.items()),
-        line("  others", lambda row: f"{len(row['gaps']):,}"),
-        line("  nats less likely, the worst", lambda row: f"{max(row['gaps'], default=0):.4f}"),
-        line("  nats, eight at once and alone", lambda row: f"{max(row['together'], default=0):.4f}"),
-        line("  nats, tokens of other requests", lambda row: "-" if row["others"] is None else f"{row['others']:.4f}"),
+        line("seconds", "seconds", "{:,.0f}".format),
+        *(line(name, field) for field, name in COUNTS.items()),
+        *(line(name, field, grown) for field, name in GROWN.items()),
+        *(line(name, field) for field, name in AGAIN.items()),
+        line("  others", "gaps", lambda gaps: f"{len(gaps):,}"),
+        line("  nats less likely, the worst", "gaps", worst),
+        line("  nats, eight at once and alone", "together", worst),
+        line("  nats, tokens of other requests", "others", lambda others: "-" if others is None else f"{others:.4f}"),
     ]
 
 
