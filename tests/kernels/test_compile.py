@@ -1,23 +1,37 @@
-"""Every kernel compiles ahead of time for its targets, within the registers, spills, shared memory and loops of `budgets.json`."""
+"""Every kernel compiles ahead of time for its targets, within the registers, spills, shared memory and loops of `budgets.json`; and
+those that a server needs compile once or twice, whatever its requests are."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
 
 
+def told_by(script: str) -> Any:
+    """What a process prints, which must not be told to interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, HERE / script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_kernels_of_a_server_have_few_variants() -> None:
+    """Chunks of below a page and others have each their own kernel, and partials of several programs another type."""
+    few = {"encode_kernel": 2, "fold_kernel": 1, "prefill_kernel": 2, "step_kernel": 1}
+    assert told_by("variants.py") == dict.fromkeys(("polar4", "k4v2", "fp8"), few)
+
+
 @pytest.mark.slow
 def test_kernels_compile_within_their_budgets() -> None:
-    """One process for all of them, which must not be told to interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, HERE / "ahead.py"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    measured, budgets = json.loads(done.stdout), json.loads((HERE / "budgets.json").read_text("utf-8"))
+    """One process for all of them."""
+    measured, budgets = told_by("ahead.py"), json.loads((HERE / "budgets.json").read_text("utf-8"))
     assert {k: set(targets) for k, targets in measured.items()} == {k: set(targets) for k, targets in budgets.items()}
     bad = []
     for kernel, targets in measured.items():

@@ -146,7 +146,8 @@ def launch(k: Tensor, v: Tensor, key: Codec, value: Codec, pages: Pages, starts:
 # --- the kernel ---
 
 
-@triton.jit(do_not_specialize=["spans", "table_b"])  # they change with the length of a prompt
+# One variant for all rows and lengths, and for all places in a batch.
+@triton.jit(do_not_specialize=["spans", "table_b"], do_not_specialize_on_alignment=["table", "starts", "counts"])
 def encode_kernel(
     k_ptr,
     v_ptr,

@@ -483,7 +483,8 @@ def _rotate(x, matrix):
         return gl.convert_layout(both, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]), assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=["span", "spans", "table_b"])  # they change with the length of a prompt
+# One variant for all rows and lengths, and for all places in a batch.
+@gluon.jit(do_not_specialize=["span", "spans", "table_b"], do_not_specialize_on_alignment=["table", "starts", "counts"])
 def encode_kernel(
     k_ptr, v_ptr, k_matrix, v_matrix, k_shift, v_shift, k_table, v_table, pool, table, starts, counts,
     H, span, spans, k_b, k_h, k_n, v_b, v_h, v_n, table_b,

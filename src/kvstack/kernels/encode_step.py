@@ -42,7 +42,8 @@ def chunk(head_dim: int, dtype: torch.dtype) -> int:
     return min(head_dim, 128) if dtype.itemsize == 2 else 32
 
 
-@triton.jit(do_not_specialize=["n", "table_b"])
+# One variant for all rows and lengths, and for all places in a batch.
+@triton.jit(do_not_specialize=["pairs", "n", "table_b"], do_not_specialize_on_alignment=["table", "starts", "counts"])
 def step_kernel(
     k_ptr, v_ptr, k_matrix, v_matrix, k_shift, v_shift, pool, table, starts, counts, pairs, H, n,
     k_b, k_h, k_n, v_b, v_h, v_n, table_b,

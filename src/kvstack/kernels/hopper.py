@@ -255,7 +255,7 @@ def _greatest(x, shared, R: gl.constexpr, ROW: gl.constexpr):
     return gl.convert_layout(gl.max(shared.load(_per_warp(R)), 0), ROW)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_stride"])  # it changes with lengths
 def _decode(
     q_ptr,  # [B, Hq, T, D]
     signs_ptr,  # [D] float32

@@ -18,7 +18,8 @@ def _place(c, C: tl.constexpr):
     return c // 2 % 4 * (C // 4) + c // 16 * 4 + c // 8 % 2 * 2 + c % 2
 
 
-@triton.jit
+# One variant for all rows and lengths, and for all places in a batch.
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["table", "starts", "counts"])
 def store_kernel(
     k, v, pool, table, starts, counts, k_b, k_h, k_n, v_b, v_h, v_n, heads, table_stride,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,

@@ -71,7 +71,8 @@ def block(rows: int, head_dim: int) -> int:
     return min(32 if head_dim == 256 else 64, max(16, 1 << (rows - 1).bit_length()))
 
 
-@triton.jit
+# One variant for all rows and lengths, and for all places in a batch.
+@triton.jit(do_not_specialize=["rows", "table_stride"], do_not_specialize_on_alignment=["table", "lengths"])
 def prefill_kernel(
     q, bias, pool, table, lengths, k_levels, v_levels, out, lse2, heads, rows, table_stride, cap,
     M: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr,

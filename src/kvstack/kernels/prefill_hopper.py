@@ -89,7 +89,8 @@ _FADE = gl.constexpr(
 _FADED = gl.constexpr(",".join(["=f"] * 16 + ["f"] * 32 + ["r"] * 16))
 
 
-@triton.jit
+# One variant for all rows and lengths, and for all places in a batch.
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["table", "lengths"])
 def fold_kernel(pool, table, lengths, folded, powers, heads, table_stride, SCALES: tl.constexpr, PAGE: tl.constexpr):
     """Scales of a page as factors of pairs of float16 numbers."""
     p, segment = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -395,7 +396,8 @@ def _consume(
     gl.store(to, x.to(out_ptr.dtype.element_ty), mask=(r < rows)[:, None])
 
 
-@gluon.jit
+# One variant for all rows and lengths, and for all places in a batch.
+@gluon.jit(do_not_specialize=["rows", "T", "table_stride", "columns"], do_not_specialize_on_alignment=["table", "lengths"])
 def prefill_kernel(
     q, k_signs, v_signs, k_centre, v_centre, pool, table, lengths, folded, powers, k_table, v_table, out, lse, flags,
     heads, rows, T, stride_b, stride_h, stride_t, table_stride, columns, factor, softcap,
