@@ -36,8 +36,8 @@ def test_tokens_are_those_of_the_transformers_cache(recipe: str, model: Any, fol
     prompts = [[int(x) for x in torch.randint(3, 512, (n,), generator=draw)] for n in (300, 40, 130)]
     with engine(recipe, folder, skip_tokenizer_init=True, enable_prefix_caching=True) as llm:
         assert [issubclass(layer.attn_backend, Backend) for layer in layers(llm)] == [kind == "full_attention" for kind in KINDS]
-        found = [generated(llm, [{"prompt_token_ids": ids} for ids in prompts], 40) for _ in range(2)]
-    assert recipe == "fp8" or found[0] == found[1]
+        found = [generated(llm, [{"prompt_token_ids": ids} for ids in prompts], 40) for _ in range(1 if recipe == "fp8" else 2)]
+    assert found[0] == found[-1]
     for ids, said in zip(prompts, found[0], strict=True):
         gap, distinct = less_likely(model, kvstack.Cache(model, recipe), ids, said)
         assert distinct > 5 and gap < (0.5 if recipe == "fp8" else 1e-9)

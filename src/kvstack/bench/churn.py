@@ -99,6 +99,7 @@ def _row(
             if text.startswith(PART):
                 tell(title, float(text.removeprefix(PART)))
 
+        tell(title, 0)
         found, why = run(title, MODULE, dict(model=served.path) | task, place, environment, how.log, line)
         if why is not None:
             row["reason"] = f"{title}: {why}"

@@ -36,9 +36,9 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         *(line(name, field) for field, name in COUNTS.items()),
         *(line(name, field, grown) for field, name in GROWN.items()),
         *(line(name, field) for field, name in AGAIN.items()),
-        line("  others", "gaps", lambda gaps: f"{len(gaps):,}"),
+        line("  that are others", "gaps", lambda gaps: f"{len(gaps):,}"),
         line("  nats less likely, the worst", "gaps", worst),
-        line("  nats, eight at once and alone", "together", worst),
+        line("  nats, one engine, alone and eight at once", "together", worst),
         line("  nats, tokens of other requests", "others", lambda others: "-" if others is None else f"{others:.4f}"),
     ]
 
