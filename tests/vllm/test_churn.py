@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
-from engines import MODEL, SPACE, engine, generated
+import torch
+from engines import MODEL, SPACE, engine, generated, transformers_model
 from transformers import AutoTokenizer
 
 import kvstack
+from kvstack.bench import forced
 from kvstack.bench.churn import Wanted, measure
 from kvstack.bench.churn_engine import ask_again
 
@@ -31,17 +33,17 @@ def test_churn_leaves_nothing_behind_and_says_nothing_wrong(recipe: str, tmp_pat
 
 
 def test_a_wrong_token_is_found() -> None:
-    """Told with its place, and as far from likely as it is; what comes after it is compared as what follows from it, or not at all."""
+    """Told with its place, and as far from likely as it is; what comes after it is compared as what follows from it."""
     tok, text = AutoTokenizer.from_pretrained(MODEL), Path(kvstack.__file__).with_name("recipe.py").read_text("utf-8")
     prompts = [tok(text[start : start + 400])["input_ids"] for start in (0, 2000)]
-    with engine("exact", enable_prefix_caching=False) as llm:
+    with engine("exact", **forced.arguments()) as llm:
         said = generated(llm, [{"prompt_token_ids": ids} for ids in prompts], 12)
-        done = [dict(prompt=ids, tokens=12, said=tokens) for ids, tokens in zip(prompts, said, strict=True)]
-        right = ask_again(llm, done, True, lambda _: None)
-        done[1]["said"] = [*said[1][:5], (said[1][5] + 1) % 512, *said[1][6:]]
-        once, on = (ask_again(llm, done, all_tokens, lambda _: None) for all_tokens in (False, True))
-    assert right["tokens"] == 24 and not right["differing"] and not right["gaps"] and not right["worst"] and not right["together"]
-    assert (
-        once["differing"] == on["differing"] == 1 and len(once["gaps"]) == 1 and once["gaps"][0] in on["gaps"] and once["gaps"][0] > 1
-    )
-    assert once["worst"] == [dict(at=5, prompt=prompts[1], said=done[1]["said"])] and once["tokens"] == 12 + 6 and on["tokens"] == 24
+        right = ask_again(llm, [dict(prompt=ids, said=tokens) for ids, tokens in zip(prompts, said, strict=True)], lambda _: None)
+        wrong = [*said[1][:5], (said[1][5] + 1) % 512, *said[1][6:]]
+        found = ask_again(llm, [dict(prompt=ids, said=x) for ids, x in zip(prompts, (said[0], wrong), strict=True)], lambda _: None)
+    assert right["tokens"] == found["tokens"] == 24 and right["others"] > 1
+    assert not right["differing"] and not right["gaps"] and not right["worst"] and not right["together"] and not found["together"]
+    assert found["differing"] == 1 and found["gaps"][0] > 1 and found["worst"] == [dict(at=5, prompt=prompts[1], said=wrong)]
+    logits = transformers_model()(torch.tensor([prompts[1] + wrong])).logits[0, len(prompts[1]) - 1 : -1]
+    gaps = logits.amax(1) - logits[range(12), wrong]
+    torch.testing.assert_close(torch.tensor(found["gaps"]), gaps[gaps > 1e-4].sort(descending=True).values, rtol=1e-3, atol=1e-3)

@@ -1,6 +1,7 @@
 """Engines on a GPU, with its kernels and CUDA graphs: they say what the transformers cache says, or what that finds nearly as likely,
 since every kernel rounds otherwise in bf16."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from engines import KINDS, MODEL, engine, generated, less_likely, windowed_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from triton.runtime.jit import JITFunction
 
 import kvstack
 from kvstack.lab.registry import load_profile
@@ -21,6 +23,16 @@ SHARED: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.1}  #
 
 def prompts(ids: list[list[int]]) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": x} for x in ids]
+
+
+def our_kernels() -> list[Any]:
+    """Those that were imported."""
+    return [x for x in gc.get_objects() if issubclass(type(x), JITFunction) and x.module.startswith("kvstack.")]
+
+
+def compiled() -> dict[str, int]:
+    """How many variants of each kernel there are."""
+    return {f"{x.module}.{x.__name__}": sum(len(cache[0]) for cache in x.device_caches.values()) for x in our_kernels()}
 
 
 @pytest.mark.parametrize("recipe", ["polar4", "k4v2", "fp8", "tri(256)+polar4"])
@@ -59,3 +71,17 @@ def test_a_model_with_sliding_windows(recipe: str, tmp_path: Path) -> None:
         [less_likely(model, kvstack.Cache(model, recipe), x, found[i - shift])[0] for i, x in enumerate(ids)] for shift in (0, 1)
     )
     assert max(gaps) < 0.75 * min(wrong), (gaps, wrong)
+
+
+@pytest.mark.parametrize("recipe", ["polar4", "fp8"])
+def test_no_request_waits_for_a_compiler(recipe: str) -> None:
+    """Short prompts and long ones, whole and in chunks, with and without a cached prefix, beside others that decode."""
+    for kernel in our_kernels():
+        kernel.device_caches.clear()  # of other tests
+    draw = torch.Generator().manual_seed(0)
+    ids = [[int(x) for x in torch.randint(3, 512, (n,), generator=draw)] for n in (1, 5, 17, 40, 128, 300, 900, 1500)]
+    with engine(recipe, **SHARED, enforce_eager=False, max_model_len=2048, max_num_batched_tokens=256) as llm:
+        ready = compiled()
+        for _ in range(2):
+            generated(llm, prompts(ids), 40)
+        assert compiled() == ready and any(ready.values())

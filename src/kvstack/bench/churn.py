@@ -1,17 +1,17 @@
 """Churn: requests of any length come at any time, share prefixes, are aborted, and are more than there is room for.
 
 Afterwards nothing may be left behind, and no token may be wrong. What the engine did and what is left, its own process says
-(`churn_engine`). Some of the finished requests are asked again, one at a time, of an engine that has done nothing else:
+(`churn_engine`). An engine that has done nothing else is made to say some of the answers again, token for token, one at a time:
 
     {engine, kv, model, rows, longest, blocks, seed, seconds, requests, finished, aborted, preempted, new_tokens, cached_tokens,
     leaked_blocks, gpu_bytes, host_bytes, checked, tokens, differing, gaps, together, others, worst}
 
-Where both say other tokens, the second engine must have found the first one's about as likely as its own. `gaps` are these differences
-of log-probabilities: batches, chunks and prefixes round differently, and a prompt whose prefix is cached reads codes where the second
-engine read it exact; but a page that is not where it should be does not say something nearly as good. How large they may be, two
-controls tell: `together`, the same for what the second engine says itself when it is asked for eight requests at once; and `others`,
-for tokens that other requests said at the same places, which are wrong. `worst` is the request of the greatest, [{at, prompt, said}] in
-tokens, to look into.
+It must find them about as likely as its own choices. `gaps` are the differences of log-probabilities where it would have chosen another
+token, in `differing` of `checked` answers: batches, chunks and prefixes round differently, and a prompt whose prefix is cached reads
+codes where this engine read it exact; but a page that is not where it should be does not say something nearly as good. How large they
+may be, two controls tell: `together`, the same of what the second engine says itself when it is asked for eight answers at once and has
+their prompts in its cache; and `others`, for tokens that other requests said at the same places, which are wrong. `worst` is the answer
+with the greatest, [{at, prompt, said}] in tokens, to look into.
 """
 
 import random
@@ -107,7 +107,7 @@ def _row(
 
     if torch.cuda.is_available():
         # An engine that compiles its model may round otherwise than the next one, which finds it compiled.
-        step(f"{kv}: compiling", dict(arguments=arguments, done=[], all_tokens=True))
+        step(f"{kv}: compiling", dict(arguments=arguments, done=[]))
         if "reason" in row:
             return row
     churned = step(
@@ -119,8 +119,7 @@ def _row(
     row |= churned["row"]
     done = [one for one in churned["done"] if not (evicting and one["preempted"])]  # it then keeps other tokens: all come at once
     room = TOGETHER * (-(-how.longest // PAGE) + 2)
-    again = arguments | dict(enable_prefix_caching=False, num_gpu_blocks_override=room)
-    found = step(f"{kv}: asking again", dict(arguments=again, done=done, all_tokens=not evicting))
+    found = step(f"{kv}: asking again", dict(arguments=arguments | dict(num_gpu_blocks_override=room), done=done))
     return row if "reason" in row else row | found
 
 

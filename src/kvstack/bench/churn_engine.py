@@ -18,7 +18,6 @@ from typing import Any
 
 PART = "part done: "
 SAMPLES = 10  # of memory
-LIKELIEST = 20  # tokens whose probability vLLM tells
 TOGETHER = 8  # requests that are asked at once, at the end
 Row = dict[str, Any]
 
@@ -85,7 +84,7 @@ def churn(
                 row["cached_tokens"] += out.num_cached_tokens or 0
                 place = len(done) if len(done) < load.kept else rng.randrange(row["finished"])
                 if place < load.kept:
-                    done[place : place + 1] = [dict(prompt=one.prompt, tokens=one.tokens, said=one.said, preempted=one.preempted)]
+                    done[place : place + 1] = [dict(prompt=one.prompt, said=one.said, preempted=one.preempted)]
         over = [name for name, one in asked.items() if one.abort_at is not None and len(one.said) >= one.abort_at]
         engine.abort_request(over)
         row["aborted"] += len(over)
@@ -100,61 +99,70 @@ def churn(
     return row | dict(seconds=time.monotonic() - began, leaked_blocks=free - pool.get_num_free_blocks()), done
 
 
-def ask_again(llm: Any, done: Sequence[Row], all_tokens: bool, told: Callable[[float], object]) -> Row:
-    """Ask an engine for requests that were finished, one at a time. all_tokens: go on behind differences, with what was said before.
-    Then for some at once, which shows what rounding alone does."""
-    gaps: list[tuple[float, int, int]] = []  # with the request and the place
-    others: list[float] = []
-    alone: list[Any] = []
-    tokens = differing = 0
-    for i, one in enumerate(done):
-        told(i / len(done))
-        first, other = 0, done[i - 1]["said"]
-        while first < one["tokens"]:
-            prompt, left = one["prompt"] + one["said"][:first], one["said"][first:]
-            (answer,) = _ask(llm, [(prompt, len(left))])
-            if first == 0:
-                alone.append(answer)
-                if len(other) and other[0] != answer.token_ids[0]:
-                    others.append(_gap(answer, 0, other[0]))
-            at = _first_other(answer, left)
-            tokens += len(left) if at is None else at + 1
-            if at is None:
-                break
-            differing += first == 0
-            gaps.append((_gap(answer, at, left[at]), i, first + at))
-            first = first + at + 1 if all_tokens else one["tokens"]
-    together: list[float] = []
+def ask_again(llm: Any, done: Sequence[Row], told: Callable[[float], object]) -> Row:
+    """Let an engine say what was said in requests that were finished, one at a time, and find how much less likely than its own choice
+    each token is. Then the same for what it says itself, to some requests at once, whose prompts it has in its cache."""
+    tokens = [one["said"] for one in done]
+
+    def judged(said: Sequence[Sequence[int]], part: float) -> list[list[float]]:
+        out = []
+        for i, one in enumerate(done):
+            told(part + i / len(done) / 3)
+            out.append(_gaps(llm, one["prompt"], said[i]))
+        return out
+
+    found = judged(tokens, 0)
+    others = [  # its first one instead
+        _gaps(llm, one["prompt"], other[:1])[0]
+        for one, other in zip(done, tokens[-1:] + tokens[:-1], strict=True)
+        if other[0] != one["said"][0]
+    ]
+    own: list[Sequence[int]] = []
     for i in range(0, len(done), TOGETHER):
-        answers = _ask(llm, [(one["prompt"], one["tokens"]) for one in done[i : i + TOGETHER]])
-        for a, b in zip(alone[i:], answers, strict=False):
-            if (at := _first_other(a, b.token_ids)) is not None:
-                together.append(_gap(a, at, b.token_ids[at]))
-    gaps.sort(reverse=True)
-    found = dict(checked=len(done), tokens=tokens, differing=differing, gaps=[gap for gap, _, _ in gaps], others=_middle(others))
-    worst = [dict(at=at, prompt=done[i]["prompt"], said=done[i]["said"]) for _, i, at in gaps[:1]]
-    return found | dict(together=sorted(together, reverse=True), worst=worst)
+        told(1 / 3 + i / len(done) / 3)
+        some = done[i : i + TOGETHER]
+        _forget(llm)
+        _said(llm, some, 1)
+        own += _said(llm, some)
+    control = judged(own, 2 / 3)
+    at = max(((gap, i, place) for i, gaps in enumerate(found) for place, gap in enumerate(gaps)), default=(0, 0, 0))
+    return dict(
+        checked=len(done), tokens=sum(map(len, found)), differing=sum(any(gaps) for gaps in found), gaps=_sorted(found),
+        together=_sorted(control), others=statistics.median(others) if others else None,
+        worst=[dict(at=at[2], prompt=done[at[1]]["prompt"], said=tokens[at[1]])] if at[0] else [],
+    )  # fmt: skip
 
 
-def _ask(llm: Any, asked: Sequence[tuple[list[int], int]]) -> list[Any]:
-    """Answers to prompts, of so many tokens each."""
-    found = llm.generate([{"prompt_token_ids": ids} for ids, _ in asked], [_params(n, LIKELIEST) for _, n in asked], use_tqdm=False)
-    return [out.outputs[0] for out in found]
+def _gaps(llm: Any, prompt: Sequence[int], said: Sequence[int]) -> list[float]:
+    """How much less likely than the likeliest each token is that an engine is made to say, in nats. The prompt is computed anew."""
+    from kvstack.bench.forced import parameters
+
+    _forget(llm)
+    (answer,) = llm.generate([{"prompt_token_ids": list(prompt)}], parameters(said), use_tqdm=False)
+    assert list(answer.outputs[0].token_ids) == list(said), "the engine said something else"
+    steps = zip(said, answer.outputs[0].logprobs, strict=True)
+    return [float(max(p.logprob for p in step.values()) - step[token].logprob) for token, step in steps]
 
 
-def _first_other(answer: Any, said: Sequence[int]) -> int | None:
-    """Where an answer has another token than was said, or None."""
-    return next((i for i, (a, b) in enumerate(zip(answer.token_ids, said, strict=True)) if a != b), None)
+def _forget(llm: Any) -> None:
+    """Empty the cache of prefixes, once nothing is left of the last request."""
+    for _ in range(4):
+        if llm.reset_prefix_cache():
+            return
+        llm.llm_engine.step()
+    raise AssertionError("a finished request still has blocks")
 
 
-def _gap(answer: Any, at: int, token: int) -> float:
-    """How much less likely a token is than the likeliest of an answer, in nats; at least, when it is not among those that are told."""
-    known = {t: p.logprob for t, p in answer.logprobs[at].items()}
-    return float(max(known.values()) - known.get(token, min(known.values())))
+def _said(llm: Any, asked: Sequence[Row], tokens: int | None = None) -> list[Sequence[int]]:
+    """Answers of an engine that is asked at once, of so many tokens, or of as many as were said."""
+    how = [_params(tokens or len(one["said"])) for one in asked]
+    found = llm.generate([{"prompt_token_ids": one["prompt"]} for one in asked], how, use_tqdm=False)
+    return [list(out.outputs[0].token_ids) for out in found]
 
 
-def _middle(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
+def _sorted(gaps: Sequence[Sequence[float]]) -> list[float]:
+    """Those of tokens that are not the likeliest, the greatest first."""
+    return sorted((gap for some in gaps for gap in some if gap > 0), reverse=True)
 
 
 def _request(rng: random.Random, load: Load, starts: Sequence[int]) -> Asked:
@@ -165,10 +173,10 @@ def _request(rng: random.Random, load: Load, starts: Sequence[int]) -> Asked:
     return Asked(load.ids[start : start + length], tokens, abort_at)
 
 
-def _params(tokens: int, logprobs: int | None = None) -> Any:
+def _params(tokens: int) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs)
+    return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
 
 
 def _sample(row: Row) -> None:
@@ -184,16 +192,19 @@ def main(task: Row, to: Path) -> None:
     """Do what a task says: churn, or ask again."""
     from vllm import LLM
 
-    llm = LLM(model=task["model"], **task["arguments"])
+    from kvstack.bench import forced
+
+    again = "load" not in task
+    llm = LLM(model=task["model"], **task["arguments"], **(forced.arguments() if again else {}))
 
     def told(part: float) -> None:
         print(f"{PART}{part:.3f}", flush=True)
 
-    if "load" in task:
+    if again:
+        to.write_text(json.dumps(ask_again(llm, task["done"], told)))
+    else:
         row, done = churn(llm, Load(**task["load"]), task["seconds"], task["requests"], task["seed"], told)
         to.write_text(json.dumps(dict(row=row, done=done)))
-    else:
-        to.write_text(json.dumps(ask_again(llm, task["done"], task["all_tokens"], told)))
 
 
 if __name__ == "__main__":

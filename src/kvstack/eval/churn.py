@@ -31,14 +31,18 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     def worst(gaps: Sequence[float]) -> str:
         return f"{max(gaps, default=0):.4f}"
 
+    def count(gaps: Sequence[float]) -> str:
+        return f"{len(gaps):,}"
+
     return [
         line("seconds", "seconds", "{:,.0f}".format),
         *(line(name, field) for field, name in COUNTS.items()),
         *(line(name, field, grown) for field, name in GROWN.items()),
         *(line(name, field) for field, name in AGAIN.items()),
-        line("  that are others", "gaps", lambda gaps: f"{len(gaps):,}"),
+        line("  that are others", "gaps", count),
         line("  nats less likely, the worst", "gaps", worst),
-        line("  nats, one engine, alone and eight at once", "together", worst),
+        line("  others, of one engine alone and eight at once", "together", count),
+        line("  nats less likely, the worst", "together", worst),
         line("  nats, tokens of other requests", "others", lambda others: "-" if others is None else f"{others:.4f}"),
     ]
 

@@ -21,7 +21,7 @@ from kvstack.errors import UnsupportedModelError
 from kvstack.kernels.append import append
 from kvstack.kernels.codes import page_format
 from kvstack.kernels.decode import Body, Exact, decode
-from kvstack.kernels.pages import Pages
+from kvstack.kernels.pages import PAGE, Pages
 from kvstack.kernels.past import attend_past
 from kvstack.kernels.reference import Partial, Shape, Side, attend, merge
 from kvstack.vllm.backend import assign, tell
@@ -97,6 +97,7 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
             return output.zero_()
         if self.body is None:
             self.body = self._body(layer, kv_cache, query.dtype)
+            self._compile(self.body, query, key, kv_cache)
         # vLLM tries graphs with a small cache first, of a block a row.
         if not self.told and kv_cache.shape[0] > self.config.scheduler_config.max_num_seqs:
             self.told = True
@@ -137,6 +138,19 @@ class Impl(AttentionImpl[Step]):  # type: ignore[misc]
         body = Body.of(Pages(f, pool.new_empty(0, *pool.shape[1:]), nothing[None], nothing), *codecs)
         assert body.pages.pool.shape[2] == f.nbytes, "the pages are of another format than this layer's"
         return body
+
+    def _compile(self, body: Body, query: Tensor, key: Tensor, kv_cache: Tensor) -> None:
+        """Store and attend to nothing, so that no request waits for a compiler: with so few and so many new tokens that each kernel has
+        its turn, over pages of one program and over so many that several share them. Pages of 16 bits, which chunks read without a
+        kernel, are left out."""
+        if body.path.name == "reference" or max(body.pages.format.k, body.pages.format.v) > 8:
+            return
+        pool, nothing = kv_cache.view(torch.uint8).flatten(2), body.pages.lengths
+        for tokens, pages in ((2, 1), (16, 1), (64, 1), (PAGE, 1), (PAGE, 64)):
+            q, k = (x.new_zeros(1, x.shape[1], tokens, x.shape[2]) for x in (query, key))
+            past = body.over(Pages(body.pages.format, pool, nothing.new_zeros(1, pages), nothing), body.cum)
+            append(past.pages, body.key, body.value, k, k, nothing, nothing)
+            attend_past(q, past, self.shape, dtype=q.dtype)
 
     def _first(self) -> Any:
         """The first layer that is ours."""
