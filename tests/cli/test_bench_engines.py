@@ -103,5 +103,6 @@ def test_churn_shows_and_writes_what_was_found(tmp_path: Path, capsys: pytest.Ca
     assert found["requests"] == ("1,234", "1,234") and found["blocks that are missing"] == ("0", "0")
     assert found["MB more on the GPU, from a fifth on"] == ("0.5", "0.5")
     assert found["nats less likely, the worst"] == ("0.0000", "0.0123")
-    assert found["nats, tokens of other requests"] == ("-", "5.2500")
+    assert found["that are not the likeliest"] == ("0", "2") and found["by nats, the worst"] == ("0.0000", "0.0456")
+    assert found["tokens of other requests, by nats"] == ("-", "5.2500")
     assert json.loads((tmp_path / "r.json").read_text("utf-8"))["rows"] == [clean, CHURNED, failed]

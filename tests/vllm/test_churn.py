@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import kvstack
 from kvstack.bench import forced
 from kvstack.bench.churn import Wanted, measure
-from kvstack.bench.churn_engine import ask_again
+from kvstack.bench.churn_engine import say_again
 
 
 @pytest.mark.parametrize("recipe", ["exact", "tri(128)+exact"])
@@ -38,9 +38,9 @@ def test_a_wrong_token_is_found() -> None:
     prompts = [tok(text[start : start + 400])["input_ids"] for start in (0, 2000)]
     with engine("exact", **forced.arguments()) as llm:
         said = generated(llm, [{"prompt_token_ids": ids} for ids in prompts], 12)
-        right = ask_again(llm, [dict(prompt=ids, said=tokens) for ids, tokens in zip(prompts, said, strict=True)], lambda _: None)
+        right = say_again(llm, [dict(prompt=ids, said=tokens) for ids, tokens in zip(prompts, said, strict=True)], lambda _: None)
         wrong = [*said[1][:5], (said[1][5] + 1) % 512, *said[1][6:]]
-        found = ask_again(llm, [dict(prompt=ids, said=x) for ids, x in zip(prompts, (said[0], wrong), strict=True)], lambda _: None)
+        found = say_again(llm, [dict(prompt=ids, said=x) for ids, x in zip(prompts, (said[0], wrong), strict=True)], lambda _: None)
     assert right["tokens"] == found["tokens"] == 24 and right["others"] > 1
     assert not right["differing"] and not right["gaps"] and not right["worst"] and not right["together"] and not found["together"]
     assert found["differing"] == 1 and found["gaps"][0] > 1 and found["worst"] == [dict(at=5, prompt=prompts[1], said=wrong)]

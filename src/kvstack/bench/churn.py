@@ -36,7 +36,7 @@ MODULE = "kvstack.bench.churn_engine"
 @dataclass(frozen=True)
 class Wanted:
     """seconds: of churn; it ends earlier when there were so many `requests`. rows: requests at once, at most. longest: tokens of a
-    request, prompt and answer. new_tokens: of an answer, at most. checked: requests that are asked again. blocks: pages, or as many as
+    request, prompt and answer. new_tokens: of an answer, at most. checked: answers that are said again. blocks: pages, or as many as
     half of the rows take on average. dtype, memory: of the engine; memory is the part of a GPU's. profile: for `tri(...)`. log: where
     the output of the engines goes. extra: further arguments of `vllm.LLM`."""
 
@@ -119,7 +119,7 @@ def _row(
     row |= churned["row"]
     done = [one for one in churned["done"] if not (evicting and one["preempted"])]  # it then keeps other tokens: all come at once
     room = TOGETHER * (-(-how.longest // PAGE) + 2)
-    found = step(f"{kv}: asking again", dict(arguments=arguments | dict(num_gpu_blocks_override=room), done=done))
+    found = step(f"{kv}: saying again", dict(arguments=arguments | dict(num_gpu_blocks_override=room), done=done))
     return row if "reason" in row else row | found
 
 

@@ -1,4 +1,5 @@
-"""One engine of vLLM under churn, or asked again, in a process of its own: `python -m kvstack.bench.churn_engine TASK.json FOUND.json`.
+"""One engine of vLLM under churn, or saying answers again, in a process of its own:
+`python -m kvstack.bench.churn_engine TASK.json FOUND.json`.
 
 How many requests are wanted at once changes at random times, down to one, so there are rushes and lulls. Prompts are parts of a text,
 and many begin at the same places. Everything runs in this process, because requests must be aborted between two steps
@@ -99,7 +100,7 @@ def churn(
     return row | dict(seconds=time.monotonic() - began, leaked_blocks=free - pool.get_num_free_blocks()), done
 
 
-def ask_again(llm: Any, done: Sequence[Row], told: Callable[[float], object]) -> Row:
+def say_again(llm: Any, done: Sequence[Row], told: Callable[[float], object]) -> Row:
     """Let an engine say what was said in requests that were finished, one at a time, and find how much less likely than its own choice
     each token is. Then the same for what it says itself, to some requests at once, whose prompts it has in its cache."""
     tokens = [one["said"] for one in done]
@@ -189,7 +190,7 @@ def _sample(row: Row) -> None:
 
 
 def main(task: Row, to: Path) -> None:
-    """Do what a task says: churn, or ask again."""
+    """Do what a task says: churn, or say again."""
     from vllm import LLM
 
     from kvstack.bench import forced
@@ -201,7 +202,7 @@ def main(task: Row, to: Path) -> None:
         print(f"{PART}{part:.3f}", flush=True)
 
     if again:
-        to.write_text(json.dumps(ask_again(llm, task["done"], told)))
+        to.write_text(json.dumps(say_again(llm, task["done"], told)))
     else:
         row, done = churn(llm, Load(**task["load"]), task["seconds"], task["requests"], task["seed"], told)
         to.write_text(json.dumps(dict(row=row, done=done)))

@@ -37,7 +37,7 @@ def churn(
     rows: Annotated[int, typer.Option(min=1, help="Requests at once, at most.")] = DEFAULT.rows,
     longest: Annotated[int, typer.Option(min=16, help="Tokens of a request, prompt and answer, at most.")] = DEFAULT.longest,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = DEFAULT.new_tokens,
-    checked: Annotated[int, typer.Option(min=1, help="Finished requests that a fresh engine is asked again.")] = DEFAULT.checked,
+    checked: Annotated[int, typer.Option(min=1, help="Answers that a fresh engine is made to say again.")] = DEFAULT.checked,
     blocks: Annotated[
         int | None, typer.Option(min=1, help="Pages of 128 tokens. Default: what half of the rows take on average.")
     ] = None,
@@ -56,9 +56,10 @@ def churn(
     """Keep an engine busy with requests that come, end and are aborted at random, and see whether it leaks or says anything wrong.
 
     Lengths are random, prefixes are shared, and there is room for half of what is wanted, so requests are preempted. Then no block may
-    be missing, and memory must not have grown; and a fresh engine, asked for some of the requests one at a time, must find what was
-    said as likely as what it would say itself. It may say something else: batches, chunks and cached prefixes round differently. Exits
-    with 1 when blocks are missing or an engine failed; how much memory and which likelihoods are too much, you judge by the table.
+    be missing, and memory must not have grown; and a fresh engine, made to say some of the answers again, one at a time, must find
+    every token about as likely as its own choice. It may choose another: batches, chunks and cached prefixes round differently, as the
+    table shows by what the fresh engine says itself when it is asked for eight answers at once. Exits with 1 when blocks are missing or
+    an engine failed; how much memory and which likelihoods are too much, you judge by the table.
     """
     how = churning.Wanted(60 * minutes, rows, longest, new_tokens, checked, seed, blocks, dtype, memory, profile=profile, log=log)
     churning.check(model, split(engines), how)

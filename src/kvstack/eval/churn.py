@@ -11,7 +11,7 @@ COUNTS = {
     "cached_tokens": "tokens of cached prefixes", "leaked_blocks": "blocks that are missing",
 }  # fmt: skip
 GROWN = {"gpu_bytes": "MB more on the GPU, from a fifth on", "host_bytes": "MB more on the host, from a fifth on"}
-AGAIN = {"checked": "requests asked again", "differing": "  with other tokens", "tokens": "tokens compared"}
+AGAIN = {"checked": "answers compared", "differing": "  with other tokens", "tokens": "tokens compared"}
 
 
 def are_mine(rows: Sequence[Row]) -> bool:
@@ -39,11 +39,11 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         *(line(name, field) for field, name in COUNTS.items()),
         *(line(name, field, grown) for field, name in GROWN.items()),
         *(line(name, field) for field, name in AGAIN.items()),
-        line("  that are others", "gaps", count),
+        line("  that are not the likeliest", "gaps", count),
         line("  nats less likely, the worst", "gaps", worst),
-        line("  others, of one engine alone and eight at once", "together", count),
-        line("  nats less likely, the worst", "together", worst),
-        line("  nats, tokens of other requests", "others", lambda others: "-" if others is None else f"{others:.4f}"),
+        line("one engine, eight at once: not the likeliest", "together", count),
+        line("  by nats, the worst", "together", worst),
+        line("tokens of other requests, by nats", "others", lambda others: "-" if others is None else f"{others:.4f}"),
     ]
 
 
