@@ -29,20 +29,23 @@ def parameters(said: Sequence[int]) -> SamplingParams:
 
 
 class Forced(LogitsProcessor):  # type: ignore[misc]
-    """Leaves a request no token but the next of those it is to say. See vLLM for its methods."""
+    """Leaves a request no token but the next of those it is to say."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: dict[int, tuple[list[int], list[int]]] = {}  # of a batch: what is to be said, and what was
 
     def is_argmax_invariant(self) -> bool:
+        """See vLLM: it changes which token is the likeliest."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """See vLLM: which requests came, went and moved."""
         process_dict_updates(
             self.rows, batch_update, lambda asked, _, said: (asked.extra_args[SAID], said) if asked.extra_args else None
         )
 
     def apply(self, logits: Tensor) -> Tensor:
+        """`logits [rows, vocabulary]`, changed in place."""
         for row, (tokens, said) in self.rows.items():
             logits[row] = -torch.inf
             logits[row, tokens[len(said)]] = 0
