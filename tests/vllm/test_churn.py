@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from engines import MODEL, SPACE, engine, generated, transformers_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3Config
 
 import kvstack
-from kvstack.bench import forced
+from kvstack.bench import forced, random_weights  # noqa: F401, the latter is a load format
 from kvstack.bench.churn import Wanted, measure
 from kvstack.bench.churn_engine import say_again
+from kvstack.bench.engine_process import RANDOM
 
 
 @pytest.mark.parametrize("recipe", ["exact", "tri(128)+exact"])
@@ -30,6 +31,20 @@ def test_churn_leaves_nothing_behind_and_says_nothing_wrong(recipe: str, tmp_pat
     assert row["aborted"] > 0 and (row["preempted"] > 0 or evicting) and (row["cached_tokens"] > 0) == (not evicting)
     assert row["checked"] > 1 and row["tokens"] > 30 and row["differing"] == 0 and not row["together"] and row["others"] > 1
     assert parts[0] == 0 and 0.8 < max(parts) < 1 and "part done: " in (tmp_path / "log").read_text("utf-8")
+
+
+def test_random_weights_say_something_of_their_own_to_each_prompt(tmp_path: Path) -> None:
+    """And the same a second time; those of vLLM do not."""
+    Qwen3Config(
+        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=128, tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    said = []
+    for weights in ("dummy", RANDOM, RANDOM):
+        with engine("polar4", str(tmp_path), load_format=weights, skip_tokenizer_init=True) as llm:
+            said.append(generated(llm, [{"prompt_token_ids": [first, *range(10, 100)]} for first in (5, 6)], 20))
+    kinds = [{token for tokens in answers for token in tokens} for answers in said]
+    assert len(kinds[0]) < 5 and len(kinds[1]) > 20 and said[1] == said[2] and said[1][0] != said[1][1]
 
 
 def test_a_wrong_token_is_found() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from kvstack.bench.churn_engine import PART, TOGETHER, Load
-from kvstack.bench.engine_process import LIMIT, Served, cache_arguments, check_model, names, recipe_of, run
+from kvstack.bench.engine_process import LIMIT, RANDOM, Served, cache_arguments, check_model, names, recipe_of, run
 from kvstack.errors import BadInputError
 from kvstack.kernels.pages import PAGE
 from kvstack.recipe import Recipe
@@ -140,7 +140,7 @@ def _arguments(served: Served, kv: str, recipe: Recipe | None, how: Wanted) -> R
         enable_prefix_caching=selection is None,
         enable_chunked_prefill=selection is None,
         disable_log_stats=False,
-        **cache_arguments(kv, served.random),
+        **cache_arguments(kv, served.random) | (dict(load_format=RANDOM) if served.random else {}),
         **how.extra,
     )
 

@@ -193,7 +193,7 @@ def main(task: Row, to: Path) -> None:
     """Do what a task says: churn, or say again."""
     from vllm import LLM
 
-    from kvstack.bench import forced
+    from kvstack.bench import forced, random_weights  # noqa: F401, the latter is a load format
 
     again = "load" not in task
     llm = LLM(model=task["model"], **task["arguments"], **(forced.arguments() if again else {}))

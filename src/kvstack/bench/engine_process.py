@@ -25,6 +25,7 @@ from kvstack.rope import Rope
 from kvstack.vllm.settings import VARIABLE, Settings, layout
 
 PEERS = ("bf16", "fp8", "turboquant_4bit_nc", "int4_per_token_head")  # words of vLLM's --kv-cache-dtype; bf16 is its `auto`
+RANDOM = "kvstack-random"  # the load format of `random_weights`, for an engine whose process has imported it
 LIMIT = 40960  # tokens of a request to a model with random weights
 
 
