@@ -16,7 +16,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import jit
 
 from kvstack.codecs.base import Context
-from kvstack.kernels import append, decode, encode_hopper, past
+from kvstack.kernels import append, decode, encode, encode_hopper, past
 from kvstack.kernels.codes import page_format
 from kvstack.kernels.decode import Body, Path, schedule
 from kvstack.kernels.pages import Pages
@@ -62,6 +62,7 @@ def batches(recipe: str) -> None:
 if __name__ == "__main__":
     jit.JITFunction.run = note
     decode.choose = append.choose = lambda *_: Path("hopper", "as if there were one")  # type: ignore[assignment]
+    encode._machine = lambda _: encode.Machine(227 * 1024, "wgmma", True)  # type: ignore[assignment]
     past.processors = encode_hopper.processors = lambda _: 132  # type: ignore[assignment]
     out = {}
     for name in ("polar4", "k4v2", "fp8"):
