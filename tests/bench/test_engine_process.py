@@ -51,12 +51,15 @@ def test_what_a_process_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_process_tells_as_it_goes_and_gives_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fine.py").write_text(FINE)
     (tmp_path / "broken.py").write_text(FINE + "print('ValueError: this [one]')\nprint('the end')\nsys.exit(3)")
+    (tmp_path / "above.py").write_text("print('KeyError: 1')\nprint('RuntimeError: it failed. See root cause above.')\nexit(1)")
     (tmp_path / "silent.py").write_text("import sys; sys.exit(4)")
     monkeypatch.chdir(tmp_path)
     lines: list[str] = []
     found = [
-        run(name, name, {"a": 1}, tmp_path, dict(os.environ), tmp_path / "log", lines.append) for name in ("fine", "broken", "silent")
+        run(name, name, {"a": 1}, tmp_path, dict(os.environ), tmp_path / "log", lines.append)
+        for name in ("fine", "broken", "above", "silent")
     ]
-    assert found == [([2], None), ([2], "ValueError: this [one]"), (None, "exit code 4 and no output")]
+    whys = None, "ValueError: this [one]", "KeyError: 1", "exit code 4 and no output"
+    assert found == list(zip(([2], [2], None, None), whys, strict=True))
     assert lines[:2] == ["half\n", "whole\n"]
     assert (tmp_path / "log").read_text("utf-8").splitlines()[:4] == ["=== fine", "half", "whole", "=== broken"]

@@ -70,7 +70,7 @@ def test_serve_shows_and_writes_what_was_asked_for(tmp_path: Path, capsys: pytes
     rows.append({"engine": "vLLM", "kv": "fp8", "kind": "failed", "B": None, "N": None, "reason": "ValueError: no such [cache]"})
     bench_serve.show(rows, "a title", tmp_path / "r.json", tmp_path / "p.png")
     text = capsys.readouterr().out
-    assert "a title" in text and "3,064,704" in text and "vLLM, fp8: not measured: ValueError: no such [cache]" in text
+    assert "a title" in text and "3,038,208" in text and "vLLM, fp8: not measured: ValueError: no such [cache]" in text
     assert json.loads((tmp_path / "r.json").read_text("utf-8"))["rows"] == rows
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 

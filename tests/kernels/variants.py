@@ -15,17 +15,22 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import jit
 
+from kvstack.cache.eviction import evict
 from kvstack.codecs.base import Context
-from kvstack.kernels import append, decode, encode, encode_hopper, past
+from kvstack.kernels import append, compact, decode, encode, encode_hopper, linear_hopper, past, score, select
 from kvstack.kernels.codes import page_format
 from kvstack.kernels.decode import Body, Path, schedule
 from kvstack.kernels.pages import Pages
 from kvstack.kernels.reference import Shape
 from kvstack.recipe import Recipe
+from kvstack.rope import Rope
+from kvstack.scorers.base import Layer, QueryStats
+from kvstack.scorers.tri import Tri
 
 CPU = torch.device("cpu")
 HOPPER = CUDABackend(GPUTarget("cuda", 90, 32))
 QUERY_HEADS, HEADS, D = 32, 8, 128
+LAYERS, KV_HEADS, GROUPS = 6, 2, 2  # of what evictions are of: products that are multiples of 16 only with some rows
 TOKENS = 1, 2, 5, 8, 9, 16, 100, 127, 128, 129, 200, 512, 1000  # new ones of a row
 found: dict[str, set[str]] = collections.defaultdict(set)
 
@@ -59,14 +64,32 @@ def batches(recipe: str) -> None:
         past.attend_past(q, body, Shape(D**-0.5, None), dtype=q.dtype)
 
 
+def evictions(recipe: str) -> None:
+    """Evict from some rows of all layers, as a server does."""
+    precision, rng = Recipe.parse(recipe).precision, random.Random(0)
+    codecs = [precision.build(side, Context(D, KV_HEADS, torch.bfloat16, CPU, None)) for side in ("key", "value")]
+    pages = page_format(D, *codecs)
+    pool = torch.zeros(64, KV_HEADS, pages.nbytes, dtype=torch.uint8)
+    query_heads = LAYERS * KV_HEADS * GROUPS
+    stats = QueryStats(torch.zeros(query_heads, D // 2, dtype=torch.complex64), torch.ones(query_heads, D // 2))
+    scorer = Tri(budget=256).build(Layer(D, LAYERS * KV_HEADS, GROUPS, Rope.half(D), CPU, stats=stats))
+    for rows in range(1, 20):
+        held = torch.zeros(LAYERS * rows, dtype=torch.int32)
+        table = torch.zeros(LAYERS * rows, rng.randint(3, 40), dtype=torch.int32)
+        body = Body(Pages(pages, pool, table, held), *codecs, schedule(held, KV_HEADS))
+        evict(body, scorer, 256, held[:rows], held[:rows], D**-0.5, LAYERS)
+
+
 if __name__ == "__main__":
     jit.JITFunction.run = note
-    decode.choose = append.choose = lambda *_: Path("hopper", "as if there were one")  # type: ignore[assignment]
+    for module in (append, compact, decode, score, select):
+        module.choose = lambda *_: Path("hopper", "as if there were one")  # type: ignore[assignment]
     encode._machine = lambda _: encode.Machine(227 * 1024, "wgmma", True)  # type: ignore[assignment]
-    past.processors = encode_hopper.processors = lambda _: 132  # type: ignore[assignment]
+    past.processors = encode_hopper.processors = linear_hopper.processors = lambda _: 132  # type: ignore[assignment]
     out = {}
     for name in ("polar4", "k4v2", "fp8"):
         found.clear()
         batches(name)
+        evictions(name)
         out[name] = {kernel: len(variants) for kernel, variants in found.items()}
     print(json.dumps(out))

@@ -1,7 +1,7 @@
 """Engines on a GPU, with its kernels and CUDA graphs: they say what the transformers cache says, or what that finds nearly as likely,
 since every kernel rounds otherwise in bf16."""
 
-import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ def prompts(ids: list[list[int]]) -> list[dict[str, list[int]]]:
 
 
 def our_kernels() -> list[Any]:
-    """Those that were imported."""
-    return [x for x in gc.get_objects() if issubclass(type(x), JITFunction) and x.module.startswith("kvstack.")]
+    """Those that were imported, each once."""
+    ours = [m for name, m in sys.modules.items() if name.startswith("kvstack.kernels.")]
+    return [x for m in ours for x in vars(m).values() if isinstance(x, JITFunction) and x.module == m.__name__]
 
 
 def compiled() -> dict[str, int]:

@@ -154,5 +154,6 @@ def run(
     why = None
     if process.returncode:
         lines = list(said) or [f"exit code {process.returncode} and no output"]
-        why = ([line for line in lines if "Error" in line] or lines)[-1][:400]
+        errors = [line for line in lines if "Error" in line]
+        why = ([line for line in errors if "See root cause above" not in line] or errors or lines)[-1][:400]
     return (json.loads(to.read_text()) if to.exists() else None), why

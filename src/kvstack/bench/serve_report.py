@@ -1,9 +1,7 @@
 """Rows of `bench serve` for people: tables for the terminal, and a picture.
 
 Every number has a factor beside it, how many times that of vLLM's own cache in bf16 it is, of the same kind at the same point: the same
-rows and tokens, or as many rows as fit of the same tokens. Above 1 is faster, or holds more. Rows of several runs may be in one file,
-and then say so (`run`, and `most_rows`, the rows at once that its engines allowed): the factor is over the same run where that has
-bf16, else over one that allowed as many rows, else over the first.
+rows and tokens, or as many rows as fit of the same tokens. Above 1 is faster, or holds more.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,25 +28,18 @@ def point(r: Row) -> Point:
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
-    """The rows with numbers and one of kind `capacity` for every engine and run: kind by kind, bf16 first and ours last."""
+    """The rows with numbers and one of kind `capacity` for every engine: kind by kind, bf16 first and ours last."""
     rows = list(rows)
-    held: dict[Any, Row] = {}
-    for r in rows:
-        if "capacity_tokens" in r:
-            held.setdefault(_run(r), r | {"kind": "capacity", "B": None, "N": None})
+    held = {_engine(r): r | {"kind": "capacity", "B": None, "N": None} for r in rows if "capacity_tokens" in r}
     found = [*held.values(), *(r for r in rows if r["kind"] in MORE and "reason" not in r)]
     kinds = list(MORE)
     return sorted(found, key=lambda r: (kinds.index(r["kind"]), r["engine"] != BASE[0], _engine(r) != BASE))
 
 
-def factor(r: Row, rows: Sequence[Row]) -> tuple[float, bool] | None:
-    """How many times bf16's a row of `measured` rows is, and whether both are of one run; None where bf16 was not measured."""
-    same = [other for other in rows if _engine(other) == BASE and point(other) == point(r)]
-    if not same:
-        return None
-    base = max(same, key=lambda other: [other.get(key) == r.get(key) for key in ("run", "most_rows")])
+def factor(r: Row, rows: Sequence[Row]) -> float | None:
+    """How many times bf16's a row of `measured` rows is; None where bf16 was not measured."""
     field = MORE[r["kind"]]
-    return r[field] / base[field], base.get("run") == r.get("run")
+    return next((r[field] / other[field] for other in rows if _engine(other) == BASE and point(other) == point(r)), None)
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -72,18 +63,14 @@ def _engine(r: Row) -> tuple[str, str]:
     return r["engine"], r["kv"]
 
 
-def _run(r: Row) -> tuple[str, str, int | None]:
-    return *_engine(r), r.get("run")
-
-
 def _shape(r: Row) -> str:
     return f"{r['B']} x {r['N']:,}"
 
 
 def _largest(found: Sequence[Row]) -> Table:
-    """A line for every engine and run."""
+    """A line for every engine."""
     kinds = ("capacity", "largest", "generation")
-    cells = {(_run(r), point(r)): r for r in found if r["kind"] in kinds}
+    cells = {(_engine(r), point(r)): r for r in found if r["kind"] in kinds}
     columns = list(dict.fromkeys(at for _, at in cells))
     title = "Tokens that fit; as many rows as fit, over N tokens, and each from nothing to N"
     heads = []
@@ -91,14 +78,14 @@ def _largest(found: Sequence[Row]) -> Table:
         rows = f"rows {'over' if kind == 'largest' else 'to'} {n:,}" if n else ""
         heads += ["tokens that fit", "x bf16"] if kind == "capacity" else [rows, "tokens/s", "x bf16"]
     lines = []
-    for run in dict.fromkeys(run for run, _ in cells):
+    for engine in dict.fromkeys(engine for engine, _ in cells):
         line: list[str] = []
         for at in columns:
-            r = cells.get((run, at))
+            r = cells.get((engine, at))
             if at[0] != "capacity":
                 line.append("-" if r is None else str(r["B"]))
             line += ["-", "-"] if r is None else [f"{r[MORE[r['kind']]]:,.0f}", _times(r, found)]
-        lines.append((run, line))
+        lines.append((engine, line))
     return _table(title, heads, lines)
 
 
@@ -113,29 +100,26 @@ def _points(found: Sequence[Row], kind: str, title: str) -> Table:
         "tokens/s": lambda r: f"{r[MORE[kind]]:,.0f}",
         "x bf16": lambda r: _times(r, found),
     }
-    return _table(title, list(numbers), [(_run(r), [cell(r) for cell in numbers.values()]) for r in rows])
+    return _table(title, list(numbers), [(_engine(r), [cell(r) for cell in numbers.values()]) for r in rows])
 
 
-def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[tuple[str, str, int | None], list[str]]]) -> Table:
-    runs = any(run is not None for (_, _, run), _ in lines)
-    starred = any(cell.endswith("*") for _, line in lines for cell in line)
-    out = Table(title=title, title_justify="left", min_width=len(title), caption_justify="left")
-    out.caption = "*: over bf16 of another run" if starred else None
-    for i, head in enumerate(("engine", "kv", *(["run"] if runs else []), *heads)):
+def _table(title: str, heads: Sequence[str], lines: Sequence[tuple[tuple[str, str], list[str]]]) -> Table:
+    out = Table(title=title, title_justify="left", min_width=len(title))
+    for i, head in enumerate(("engine", "kv", *heads)):
         out.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
-    for (engine, kv, run), line in lines:
-        out.add_row(engine, kv, *([str(run)] if runs else []), *line, style=None if engine == BASE[0] else "bold")
+    for (engine, kv), line in lines:
+        out.add_row(engine, kv, *line, style=None if engine == BASE[0] else "bold")
     return out
 
 
 def _times(r: Row, found: Sequence[Row]) -> str:
     times = factor(r, found)
-    return "-" if times is None else f"{times[0]:.2f}{'' if times[1] else '*'}"
+    return "-" if times is None else f"{times:.2f}"
 
 
 def figure(rows: Sequence[Row], title: str) -> Any:
     """A panel for what fits, for every largest batch and generation, and for every step that all engines with steps were timed at; in
-    each a bar for every engine, as long as the mean of its runs."""
+    each a bar for every engine."""
     from matplotlib.figure import Figure
 
     found = measured(rows)
@@ -151,8 +135,7 @@ def figure(rows: Sequence[Row], title: str) -> Any:
         _bars(ax, [r for r in found if point(r) == at], engines, found)
         ax.set_title(_about(at), loc="left", fontsize=9)
     fig.suptitle(title, x=0.01, ha="left", fontsize=12)
-    several = " Of several runs the least and the most." if len({r.get("run") for r in found}) > 1 else ""
-    fig.supxlabel(f"x: times vLLM's bf16, in speed or in tokens; above 1 is better.{several}", fontsize=8)
+    fig.supxlabel("x: times vLLM's bf16, in speed or in tokens; above 1 is better.", fontsize=8)
     return fig
 
 
@@ -176,31 +159,26 @@ def _about(at: Point) -> str:
 def _bars(ax: Any, own: Sequence[Row], engines: Sequence[tuple[str, str]], found: Sequence[Row]) -> None:
     """The bars of one panel, the first engine on top."""
     for y, engine in enumerate(reversed(engines)):
-        rows = [r for r in own if _engine(r) == engine]
-        if not rows:
+        r = next((r for r in own if _engine(r) == engine), None)
+        if r is None:
             ax.text(0, y, " not measured", va="center", fontsize=7, color="0.5")
             continue
-        steps = rows[0]["kind"] == "step"
-        values = [r["ms_per_step" if steps else MORE[r["kind"]]] for r in rows]
-        mean = sum(values) / len(values)
+        steps = r["kind"] == "step"
+        value = r["ms_per_step" if steps else MORE[r["kind"]]]
         colour = COLOURS.get(engine[1], OTHER) if engine[0] == BASE[0] else OWN
-        ax.barh(y, mean, color=colour)
-        times = [t[0] for r in rows if (t := factor(r, found))]
-        notes = [f"{_span(times, '.2f')}x"] if times else []
-        notes += [f"{_span([r['B'] for r in rows], 'd')} rows"] if rows[0]["kind"] in ("largest", "generation") else []
-        text = "\n".join(f" {line}" for line in (_span(values, ",.1f" if steps else ",.0f"), ", ".join(notes)) if line)
-        ax.text(mean, y, text, va="center", fontsize=7)
+        ax.barh(y, value, color=colour)
+        times = factor(r, found)
+        notes = [] if times is None else [f"{times:.2f}x"]
+        notes += [f"{r['B']} rows"] if r["kind"] in ("largest", "generation") else []
+        text = "\n".join(f" {line}" for line in (format(value, ",.1f" if steps else ",.0f"), ", ".join(notes)) if line)
+        ax.text(value, y, text, va="center", fontsize=7)
     ax.set_yticks(range(len(engines)), [f"{kv}\n{engine}" for engine, kv in reversed(engines)], fontsize=7)
+    ax.set_ylim(-0.6, len(engines) - 0.4)  # also for those without a bar
     ax.set_xlim(0, 1.6 * max(bar.get_width() for bar in ax.patches))  # room for the text
     ax.tick_params(axis="x", labelsize=7)
     ax.locator_params(axis="x", nbins=4)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    """The least and the most, once when they look alike."""
-    return " to ".join(dict.fromkeys(format(v, form) for v in (min(values), max(values))))
 
 
 def write_plot(rows: Sequence[Row], title: str, path: Path) -> None:

@@ -1,7 +1,6 @@
 """What `kvstack bench serve` measured, for people: engines of vLLM with its own caches and with ours.
 
     engine, kv, kind, B, N, capacity_tokens, prefill_tokens_per_s, ms_per_step, tokens_per_s
-    run, most_rows      in a file of several runs, and the rows at once that they allowed
     reason              instead of numbers
 
 The kinds are `prefill` (prompts computed), `step` (over tokens that are in the cache), `largest` (the same, as many rows as fit),
@@ -20,7 +19,6 @@ NUMBERS = {  # fields, their heads, and how they are written
     "tokens_per_s": ("tokens/s", ",.0f"),
     "prefill_tokens_per_s": ("prompt tokens/s", ",.0f"),
 }
-RUN = {"run": "run", "most_rows": "rows at once"}
 
 
 def are_mine(rows: Sequence[Row]) -> bool:
@@ -29,15 +27,14 @@ def are_mine(rows: Sequence[Row]) -> bool:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """A line for every row; why one has no numbers has a column of its own, and so has the run."""
-    runs = [key for key in RUN if any(key in row for row in rows)]
+    """A line for every row; why one has no numbers has a column of its own."""
     why = ["reason"] if any("reason" in row for row in rows) else []
-    head = ("engine", "kv", *(RUN[key] for key in runs), "kind", "rows x tokens", *(name for name, _ in NUMBERS.values()), *why)
-    return [Table("", head, [_cells(row, runs, why) for row in rows])]
+    head = ("engine", "kv", "kind", "rows x tokens", *(name for name, _ in NUMBERS.values()), *why)
+    return [Table("", head, [_cells(row, why) for row in rows])]
 
 
-def _cells(row: Row, runs: Sequence[str], why: Sequence[str]) -> tuple[str, ...]:
+def _cells(row: Row, why: Sequence[str]) -> tuple[str, ...]:
     shape = "" if row["N"] is None else f"{row['B']} x {row['N']:,}"
     numbers = [format(row[field], form) if field in row else "" for field, (_, form) in NUMBERS.items()]
     texts = [str(row.get(key, "")).replace("|", "/").replace("\n", " ") for key in why]
-    return row["engine"], f"`{row['kv']}`", *(str(row.get(key, "")) for key in runs), row["kind"], shape, *numbers, *texts
+    return row["engine"], f"`{row['kv']}`", row["kind"], shape, *numbers, *texts

@@ -61,7 +61,7 @@ def _pairs(levels: Tensor) -> Tensor:
     return torch.stack([level.repeat(16), level.repeat_interleave(16)], 1)
 
 
-@triton.jit(do_not_specialize=["table_stride"])  # it changes with the length of a row
+@triton.jit(do_not_specialize=["table_stride", "c_segments"])  # they change with rows and lengths
 def linear_kernel(
     latent, bias, c, basis, centre, levels, pool, table, lengths, out, heads, groups, table_stride, c_segments,
     D: tl.constexpr, BITS: tl.constexpr, SCALES_AT: tl.constexpr, PAGE_BYTES: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,

@@ -106,7 +106,7 @@ def _small(shared, x, most, TYPE: gl.constexpr):
     shared.store(gl.join(near, rest).permute((0, 2, 1)).reshape((2 * x.shape[0], x.shape[1])))
 
 
-@gluon.jit(do_not_specialize=["total", "slots", "table_stride"])  # they change with rows and lengths
+@gluon.jit(do_not_specialize=["total", "slots", "table_stride", "c_segments"])  # they change with rows and lengths
 def linear_kernel(
     latent,  # [B, H, G, D] float32, columns as those of x
     bias,  # [B, H, G]
