@@ -51,7 +51,9 @@ def test_what_a_process_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_process_tells_as_it_goes_and_gives_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fine.py").write_text(FINE)
     (tmp_path / "broken.py").write_text(FINE + "print('ValueError: this [one]')\nprint('the end')\nsys.exit(3)")
-    (tmp_path / "above.py").write_text("print('KeyError: 1')\nprint('RuntimeError: it failed. See root cause above.')\nexit(1)")
+    (tmp_path / "above.py").write_text(
+        "print('KeyError: 1\\nraise RuntimeError(\\nRuntimeError: it failed. See root cause above.')\nexit(1)"
+    )
     (tmp_path / "silent.py").write_text("import sys; sys.exit(4)")
     monkeypatch.chdir(tmp_path)
     lines: list[str] = []

@@ -116,13 +116,11 @@ def test_the_figure_has_a_bar_for_every_engine_and_says_who_was_not_measured() -
     assert capacity.get_ylim()[0] < 0 < len(names) - 1 < capacity.get_ylim()[1], "each engine has its place, also without a bar"
     texts = {ax: [t.get_text() for t in ax.texts][::-1] for ax in (capacity, largest, generation, *steps)}
     assert [sum("not measured" in t for t in some) for some in texts.values()] == [1, 2, 1, 2, 2, 2, 2, 2]
-    assert [ax.get_title(loc="left").split(" tokens")[0] for ax in steps if " 16,384" in ax.get_title(loc="left")] == [
-        "ms a step, 32 x 16,384"
-    ]
+    points = "1 x 32,768", "8 x 32,768", "32 x 4,096", "32 x 16,384", "128 x 2,048"
+    assert [ax.get_title(loc="left") for ax in steps] == [f"ms a step, {point} tokens (less is better)" for point in points]
     one_less = [r for r in ROWS if (r["kv"], r["kind"], r["N"]) != ("fp8", "step", 4096)]
-    assert sum(ax.axison for ax in serve_report.figure(one_less, "title").axes) == 7, (
-        "points at which not all engines were timed have no panel"
-    )
+    panels = sum(ax.axison for ax in serve_report.figure(one_less, "title").axes)
+    assert panels == 7, "points at which not all engines were timed have none"
 
     polar, base = one("polar4", "largest"), one("bf16", "largest")
     y = HELD.index("polar4")

@@ -6,6 +6,7 @@ A process is `python -m MODULE TASK.json FOUND.json`. It reads its task, and wri
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import deque
@@ -154,6 +155,6 @@ def run(
     why = None
     if process.returncode:
         lines = list(said) or [f"exit code {process.returncode} and no output"]
-        errors = [line for line in lines if "Error" in line]
+        errors = [line for line in lines if re.search(r"Error(:|$)", line)]  # not the line of a traceback that raises it
         why = ([line for line in errors if "See root cause above" not in line] or errors or lines)[-1][:400]
     return (json.loads(to.read_text()) if to.exists() else None), why
